@@ -1,0 +1,1 @@
+"""The contract between export and runtime (spec, manifest) and the inference back-ends."""

@@ -1,0 +1,1 @@
+"""Noise schedulers in numpy, configured by diffusers' own `scheduler_config.json`."""
