@@ -1,0 +1,166 @@
+"""`manifest.json`: what a bundle holds, as typed records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, get_args, get_origin, get_type_hints
+
+from ipa.engines.errors import BundleError
+from ipa.engines.spec import ComponentSpec, KVLayout
+
+FORMAT = "ipa-bundle"
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file: path relative to the bundle with `/`, size in bytes, sha256 in hexadecimal."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ComponentRecord:
+    """One graph. `files[0]` is the `model.onnx`; the others are its external data."""
+
+    files: tuple[FileRecord, ...]
+    dtype: str
+    spec: ComponentSpec
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One IP-Adapter's graph and how its input is made."""
+
+    component: ComponentRecord
+    kind: str  # "base"
+    tokens: int  # tokens per reference image
+    feature: str  # the image encoder's output that the graph takes
+    negative: str  # "zeros": the negative half is the graph's output for a feature of zeros
+    source_sha256: str  # of the adapter file the graph was made from
+
+
+@dataclass(frozen=True)
+class VaeRecord:
+    """How latents and the VAE's own space differ."""
+
+    scaling_factor: float
+    downscale: int  # pixels per latent: 8
+
+
+@dataclass(frozen=True)
+class ImageProcessorRecord:
+    """CLIP preprocessing: resize the shortest edge to `size` (bicubic), crop the centre, normalise."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets when it does not say: picked at export to suit the model."""
+
+    height: int
+    width: int
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    ip_adapter_scale: float = 1.0
+    adapter: str = ""  # empty: the bundle has no adapter
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the runtime knows about a bundle."""
+
+    family: str
+    created_by: Mapping[str, str]
+    kv_layout: KVLayout
+    components: Mapping[str, ComponentRecord]
+    adapters: Mapping[str, AdapterRecord]
+    tokenizer: FileRecord
+    scheduler: FileRecord
+    text_tokens: int
+    vae: VaeRecord
+    image_processor: ImageProcessorRecord
+    defaults: Defaults
+    prediction_type: str = "epsilon"
+    validation: Mapping[str, Any] = field(default_factory=dict)
+
+    def files(self) -> tuple[FileRecord, ...]:
+        """Every file of the bundle but the manifest itself."""
+        graphs = [*self.components.values(), *(adapter.component for adapter in self.adapters.values())]
+        return (self.tokenizer, self.scheduler, *(file for graph in graphs for file in graph.files))
+
+    def with_adapter(self, name: str, adapter: AdapterRecord) -> Manifest:
+        """This manifest with one more (or one replaced) adapter; the first one becomes the default."""
+        defaults = self.defaults if self.defaults.adapter else replace(self.defaults, adapter=name)
+        return replace(self, adapters={**self.adapters, name: adapter}, defaults=defaults)
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse the file's text.
+
+        Raises:
+            BundleError: not JSON, another format, a newer version, or a record that does not fit.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{FILE_NAME} is not JSON ({error}); export the bundle again") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise BundleError(f"{FILE_NAME} is not an {FORMAT} manifest; `ipa-export onnx` writes bundles")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            advice = "upgrade with `pip install -U ipa-runtime`" if newer else "export it again with `ipa-export onnx`"
+            raise BundleError(
+                f"{FILE_NAME} has format version {version}, this ipa-runtime reads {FORMAT_VERSION}; {advice}"
+            )
+        try:
+            manifest: Manifest = _parse(cls, data, "manifest")
+        except ValueError as error:
+            raise BundleError(f"{FILE_NAME}: {error}; export the bundle again") from error
+        return manifest
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """`value` (from JSON) as the annotated type `kind`; a `ValueError` names the place that does not fit."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is {type(value).__name__}, expected an object")
+        hints = get_type_hints(kind)
+        known = {item.name for item in fields(kind) if item.name in value}
+        try:
+            return kind(**{name: _parse(hints[name], value[name], f"{where}.{name}") for name in known})
+        except TypeError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if origin is tuple:
+        if not isinstance(value, list) or (arguments[-1] is not ... and len(value) != len(arguments)):
+            raise ValueError(f"{where} is not a list of the right length")
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        return tuple(
+            _parse(item_kind, item, f"{where}[{i}]")
+            for i, (item_kind, item) in enumerate(zip(kinds, value, strict=True))
+        )
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is {type(value).__name__}, expected an object")
+        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError(f"{where} is {value!r}")
+    return value

@@ -1,0 +1,82 @@
+"""The embedded default back-end: onnxruntime on the CPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import onnxruntime as ort
+
+from ipa.engines.engine import Array, check_finite, check_inputs
+from ipa.engines.errors import EngineError
+from ipa.engines.spec import ComponentSpec
+
+_SEVERITY_ERROR = 3
+
+
+def _threads() -> int:
+    """Cores this process may use; onnxruntime itself counts the machine's, ignoring affinity and containers."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+class OnnxRuntimeEngine:
+    """One graph in an onnxruntime CPU session."""
+
+    def __init__(self, component: str, spec: ComponentSpec, path: Path) -> None:
+        """Open the graph.
+
+        Args:
+            component: name for messages.
+            spec: what the manifest says of inputs and outputs.
+            path: `model.onnx`; its external data, if any, lies beside it. Always a path:
+                onnxruntime refuses external data when given bytes.
+        Raises:
+            EngineError: onnxruntime cannot load the graph, or its tensors are not the spec's.
+        """
+        self.component = component
+        self.spec = spec
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = _threads()
+        options.log_severity_level = _SEVERITY_ERROR
+        try:
+            self._session: ort.InferenceSession | None = ort.InferenceSession(
+                os.fspath(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise EngineError(f"{component}: onnxruntime cannot load {path}: {_first_line(error)}") from error
+        found = [tensor.name for tensor in self._session.get_inputs()]
+        expected = [tensor.name for tensor in spec.inputs]
+        if found != expected:
+            raise EngineError(f"{component}: {path} takes inputs {found}, the manifest says {expected}")
+        self._outputs = [tensor.name for tensor in spec.outputs]
+
+    def __call__(self, **inputs: Array) -> dict[str, Array]:
+        """Outputs by name; see `Engine`."""
+        if self._session is None:
+            raise EngineError(f"{self.component}: the engine is closed")
+        check_inputs(self.component, self.spec, inputs)
+        try:
+            arrays = self._session.run(self._outputs, inputs)
+        except Exception as error:
+            raise EngineError(f"{self.component}: onnxruntime failed: {_first_line(error)}") from error
+        outputs = dict(zip(self._outputs, arrays, strict=True))
+        check_finite(self.component, outputs)
+        return outputs
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,142 @@
+"""The contract between export, engines and runtime: which component has which tensors.
+
+Export writes graphs to this table, the runtime reads tensors by it, tests check both against it.
+An axis is an `int` (fixed), a free name (`batch`, `tokens`, ...: any size, equal wherever the name
+appears in one call) or a name that `Dimensions` turns into an `int` for a given base model.
+Names are diffusers' names. The negative half of a guidance batch comes first, always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from typing import Literal
+
+Axis = int | str
+Dtype = Literal["float32", "float16", "int64"]
+FLOAT = "float"  # stands for the dtype a component was exported in
+
+COMPONENTS = ("text_encoder", "text_kv", "image_encoder", "unet", "vae_decoder", "vae_encoder")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, axes and dtype of one input or output."""
+
+    name: str
+    axes: tuple[Axis, ...]
+    dtype: str = FLOAT
+
+    def resolved(self, sizes: Mapping[str, int], dtype: str) -> TensorSpec:
+        """This spec with every axis in `sizes` fixed and `FLOAT` replaced by `dtype`."""
+        axes = tuple(sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in self.axes)
+        return replace(self, axes=axes, dtype=dtype if self.dtype == FLOAT else self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}({', '.join(map(str, self.axes))})"
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """Inputs and outputs of one component, in the order of its graph."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def resolved(self, sizes: Mapping[str, int], dtype: str) -> ComponentSpec:
+        """Both sides with known axes fixed and the dtype filled in."""
+        return ComponentSpec(
+            inputs=tuple(tensor.resolved(sizes, dtype) for tensor in self.inputs),
+            outputs=tuple(tensor.resolved(sizes, dtype) for tensor in self.outputs),
+        )
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes that a base model and its encoders fix; every field is an axis name of `SPECS`."""
+
+    text_tokens: int  # 77
+    text_width: int  # 768 in SD1.5
+    kv: int  # 2 * sum of the cross-attention widths: 24960 in SD1.5
+    image_size: int  # pixels, 224 for ViT-H/14
+    image_embed_width: int  # 1024 for ViT-H/14
+    image_patches: int  # patches + CLS: 257 for ViT-H/14
+    image_hidden_width: int  # 1280 for ViT-H/14
+    latent_channels: int  # 4
+    unet_in_channels: int  # 4; 9 in inpainting models
+
+    def sizes(self) -> dict[str, int]:
+        """Axis name to size."""
+        return asdict(self)
+
+
+def _latents(name: str, channels: str = "latent_channels") -> TensorSpec:
+    return TensorSpec(name, ("batch", channels, "latent_height", "latent_width"))
+
+
+_ENCODER_HIDDEN_STATES = TensorSpec("encoder_hidden_states", ("batch", "text_tokens", "text_width"))
+_TEXT_KV = TensorSpec("text_kv", ("batch", "text_tokens", "kv"))
+_IMAGE_KV = TensorSpec("image_kv", ("batch", "tokens", "kv"))
+_IMAGE = TensorSpec("image", ("batch", 3, "height", "width"))
+_IMAGE_EMBEDS = TensorSpec("image_embeds", ("batch", "image_embed_width"))
+_HIDDEN_STATES = TensorSpec("hidden_states", ("batch", "image_patches", "image_hidden_width"))
+# float32 in every precision: float16 has no room for exact sums of sinusoid arguments near 999.
+_TIMESTEP = TensorSpec("timestep", (), "float32")
+
+SPECS: Mapping[str, ComponentSpec] = {
+    "text_encoder": ComponentSpec(
+        (TensorSpec("input_ids", ("batch", "text_tokens"), "int64"),), (_ENCODER_HIDDEN_STATES,)
+    ),
+    "text_kv": ComponentSpec((_ENCODER_HIDDEN_STATES,), (_TEXT_KV,)),
+    "image_encoder": ComponentSpec(
+        (TensorSpec("pixel_values", ("batch", 3, "image_size", "image_size")),), (_IMAGE_EMBEDS, _HIDDEN_STATES)
+    ),
+    "unet": ComponentSpec(
+        (_latents("sample", "unet_in_channels"), _TIMESTEP, _TEXT_KV, _IMAGE_KV), (_latents("noise_pred"),)
+    ),
+    "vae_decoder": ComponentSpec((_latents("latents"),), (_IMAGE,)),
+    "vae_encoder": ComponentSpec((_IMAGE,), (_latents("latent_mean"), _latents("latent_logvar"))),
+}
+
+# One adapter graph per image feature: `image_embeds` for base adapters, `hidden_states` for plus and full-face.
+ADAPTER_FEATURES: Mapping[str, TensorSpec] = {"image_embeds": _IMAGE_EMBEDS, "hidden_states": _HIDDEN_STATES}
+
+
+def adapter_spec(feature: str) -> ComponentSpec:
+    """The spec of an adapter's graph: one image feature in, unscaled keys and values out."""
+    return ComponentSpec((ADAPTER_FEATURES[feature],), (_IMAGE_KV,))
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """One cross-attention layer: its module path in the UNet and its width."""
+
+    name: str
+    width: int
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """How keys and values of all cross-attention layers share the last axis of `text_kv` and `image_kv`.
+
+    Layer i lies at a fixed offset as `[K_i | V_i]`, in the order of an adapter file's keys:
+    down blocks, up blocks, mid block last (`unet.attn_processors` restricted to `attn2`).
+    """
+
+    layers: tuple[KVLayer, ...]
+
+    @property
+    def size(self) -> int:
+        """Length of the packed axis: 2 * sum of the widths."""
+        return 2 * sum(layer.width for layer in self.layers)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each layer, in order."""
+        return tuple(layer.width for layer in self.layers)
+
+    def value_slices(self) -> Iterator[slice]:
+        """Where each layer's values lie on the packed axis; what scales an image prompt scales these."""
+        ends = accumulate(2 * width for width in self.widths)
+        return (slice(end - width, end) for end, width in zip(ends, self.widths, strict=True))
