@@ -89,7 +89,6 @@ class Manifest:
     vae: VaeRecord
     image_processor: ImageProcessorRecord
     defaults: Defaults
-    prediction_type: str = "epsilon"
     validation: Mapping[str, Any] = field(default_factory=dict)
 
     def files(self) -> tuple[FileRecord, ...]:
