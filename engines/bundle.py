@@ -86,16 +86,22 @@ class Bundle:
         return adapters[name]
 
     def open_component(self, name: str, engine: str) -> Engine:
-        """Open a component of the spec table in a back-end."""
-        if name not in self.manifest.components:
+        """Open a graph in a back-end.
+
+        Args:
+            name: a component of the spec table, or `ip_adapter/NAME`.
+            engine: one of `ipa.engines.registry.ENGINE_NAMES`.
+        Raises:
+            BundleError, RequestError: the bundle has no such component or adapter.
+            EngineError: the back-end is missing or cannot load the graph.
+        """
+        kind, _, adapter = name.partition("/")
+        if kind == "ip_adapter":
+            record = self.adapter(adapter).component
+        elif name in self.manifest.components:
+            record = self.manifest.components[name]
+        else:
             raise BundleError(f"{self.root} has no component '{name}'; export it again with `ipa-export onnx`")
-        return self._open(name, self.manifest.components[name], engine)
-
-    def open_adapter(self, name: str, engine: str) -> Engine:
-        """Open an adapter's graph in a back-end."""
-        return self._open(f"ip_adapter/{name}", self.adapter(name).component, engine)
-
-    def _open(self, name: str, record: ComponentRecord, engine: str) -> Engine:
         return open_engine(engine, name, record.spec, self.file(record.files[0]))
 
 

@@ -1,0 +1,79 @@
+"""The denoising loop: flat, lazy, in one place. Progress, previews and timing belong to the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipa.engines.engine import Engine
+from ipa.runtime.schedulers import Schedule
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state after one step of the loop.
+
+    Attributes:
+        index, count: this step, from 0, and how many there are.
+        timestep: training index the step started from, 0 to 999.
+        latents: (batch, 4, height / 8, width / 8) float32, after the step.
+    """
+
+    index: int
+    count: int
+    timestep: int
+    latents: NDArray[np.float32]
+
+
+def split_guidance(noise_pred: Array, guidance_scale: float) -> Array:
+    """Blend the two halves of a classifier-free guidance batch.
+
+    Source: arXiv:2207.12598, formula (6).
+    """
+    negative, positive = np.split(noise_pred, 2)
+    return negative + np.float32(guidance_scale) * (positive - negative)
+
+
+def denoise(
+    unet: Engine,
+    schedule: Schedule,
+    latents: NDArray[np.float32],
+    text_kv: Array,
+    image_kv: Array,
+    guidance_scale: float,
+    draw_noise: Callable[[], NDArray[np.float32]],
+) -> Iterator[Step]:
+    """Denoise step by step.
+
+    Args:
+        unet: opened engine of the component `unet`.
+        schedule: timesteps and arithmetic.
+        latents: (batch, 4, height / 8, width / 8) float32, unit variance times the schedule's first sigma.
+        text_kv, image_kv: of the UNet's batch: twice that of `latents` if guidance is on, negatives first.
+        guidance_scale: used when the UNet's batch is twice that of `latents`.
+        draw_noise: the next variance noise, shaped as `latents`; called only for steps that need it.
+    Yields:
+        One `Step` after each call of the UNet.
+    """
+    has_guidance = len(text_kv) == 2 * len(latents)
+    dtype = unet.spec.inputs[0].dtype
+    state = schedule.start()
+    for index, timestep in enumerate(schedule.timesteps):
+        sample = schedule.scale_model_input(index, latents)
+        noise_pred = unet(
+            sample=np.concatenate([sample] * (1 + has_guidance)).astype(dtype, copy=False),
+            timestep=np.asarray(timestep, np.float32),
+            text_kv=text_kv,
+            image_kv=image_kv,
+        )["noise_pred"].astype(np.float32, copy=False)
+        if has_guidance:
+            noise_pred = split_guidance(noise_pred, guidance_scale)
+        noise = draw_noise() if schedule.needs_noise(index) else None
+        latents, state = schedule.step(index, noise_pred, latents, state, noise)
+        yield Step(index, len(schedule.timesteps), int(timestep), latents)

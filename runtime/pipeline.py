@@ -1,0 +1,225 @@
+"""From a request to pictures: `Pipeline.run` shows every stage in order."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ipa.engines.bundle import Bundle
+from ipa.engines.engine import Engine
+from ipa.engines.errors import BundleError
+from ipa.runtime.conditioning import guidance_batch, no_image_kv, scale_values
+from ipa.runtime.denoise import Step, denoise
+from ipa.runtime.images import open_image, preprocess, to_images
+from ipa.runtime.noise import TorchGenerator
+from ipa.runtime.request import Request
+from ipa.runtime.schedulers import Schedule, create_scheduler
+from ipa.runtime.tokenizer import Tokenizer
+
+Array = NDArray[Any]
+Callback = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out of a request.
+
+    Attributes:
+        images: RGB pictures.
+        request: as it was carried out: defaults filled in, seed drawn.
+        warnings: what the user should know, such as a prompt that was cut.
+        unet_calls: of the denoising loop.
+        seconds: wall-clock time by stage, in the order they ran; `load` is what opened engines.
+    """
+
+    images: list[Image.Image]
+    request: Request
+    warnings: list[str]
+    unet_calls: int
+    seconds: dict[str, float]
+
+    @property
+    def steps_per_second(self) -> float:
+        """Rate of the denoising loop, in calls of the UNet."""
+        return self.unet_calls / self.seconds["denoise"]
+
+
+class Pipeline:
+    """An opened bundle that makes pictures. Engines open when first needed and stay open until `close`."""
+
+    def __init__(self, bundle: Bundle, engine: str = "auto") -> None:
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self._engine_name = engine
+        self._stack = ExitStack()
+        self._engines: dict[str, Engine] = {}
+        self._tokenizer = Tokenizer.open(bundle.file(self.manifest.tokenizer), self.manifest.text_tokens)
+        self._scheduler_config = _read_json(bundle.file(self.manifest.scheduler))
+
+    @classmethod
+    def open(cls, path: Path | str, *, engine: str = "auto", verify: bool = True) -> Pipeline:
+        """Open a bundle's folder.
+
+        Args:
+            path: the folder that `ipa-export onnx` wrote.
+            engine: back-end, one of `ipa.engines.registry.ENGINE_NAMES`.
+            verify: check the sha256 of every file first.
+        Raises:
+            BundleError: the bundle is missing, damaged or of a newer format.
+        """
+        return cls(Bundle.open(Path(path), verify), engine)
+
+    def close(self) -> None:
+        """Close every engine."""
+        self._engines.clear()
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __call__(self, prompt: str = "", *, callback: Callback | None = None, **fields: Any) -> list[Image.Image]:
+        """Pictures for a prompt and an image; the keywords are the fields of `Request`.
+
+        Raises:
+            RequestError: a field does not fit.
+        """
+        return self.run(Request(prompt=prompt, **fields), callback).images
+
+    def run(self, request: Request, callback: Callback | None = None) -> Result:
+        """Carry out a request.
+
+        Args:
+            request: what to make.
+            callback: called after each step of the denoising loop.
+        Raises:
+            RequestError: the image cannot be read, or the bundle has no such adapter.
+            EngineError: an engine cannot be opened or failed.
+        """
+        request = request.resolved(self.manifest)
+        schedule = self._schedule(request)
+        image = None if request.image is None else open_image(request.image)
+        stopwatch = _Stopwatch()
+        with stopwatch("load"):
+            self._load(request)
+        with stopwatch("text"):
+            text_kv, warnings = self._text_kv(request)
+        with stopwatch("image"):
+            image_kv = self._image_kv(request, image)
+        with stopwatch("denoise"):
+            for step in self._denoise(request, schedule, text_kv, image_kv):
+                if callback is not None:
+                    callback(step)
+        with stopwatch("vae_decoder"):
+            images = self._decode(step.latents)
+        return Result(images, request, warnings, step.count, stopwatch.seconds)
+
+    def steps(self, request: Request) -> Iterator[Step]:
+        """The denoising loop alone, as a generator: the last step's latents are the final ones."""
+        request = request.resolved(self.manifest)
+        schedule = self._schedule(request)
+        image = None if request.image is None else open_image(request.image)
+        text_kv, _ = self._text_kv(request)
+        return self._denoise(request, schedule, text_kv, self._image_kv(request, image))
+
+    def _load(self, request: Request) -> None:
+        names = ["text_encoder", "text_kv", "unet", "vae_decoder"]
+        if request.adapter is not None:
+            names += ["image_encoder", f"ip_adapter/{request.adapter}"]
+        for name in names:
+            self._engine(name)
+
+    def _engine(self, name: str) -> Engine:
+        if name not in self._engines:
+            self._engines[name] = self._stack.enter_context(self.bundle.open_component(name, self._engine_name))
+        return self._engines[name]
+
+    def _schedule(self, request: Request) -> Schedule:
+        scheduler = create_scheduler(request.scheduler, self._scheduler_config)
+        assert request.num_inference_steps is not None
+        return scheduler.schedule(request.num_inference_steps, eta=request.eta)
+
+    def _text_kv(self, request: Request) -> tuple[Array, list[str]]:
+        """Keys and values of negative and positive prompt, (2, text_tokens, kv), and warnings."""
+        texts = {"negative prompt": request.negative_prompt, "prompt": request.prompt}
+        encodings = {name: self._tokenizer.encode(text) for name, text in texts.items()}
+        warnings = [
+            f"the {name} is longer than {self.manifest.text_tokens - 2} tokens; this was cut off: {encoding.cut!r}"
+            for name, encoding in encodings.items()
+            if encoding.cut
+        ]
+        input_ids = np.stack([encoding.ids for encoding in encodings.values()])
+        encoder_hidden_states = self._engine("text_encoder")(input_ids=input_ids)["encoder_hidden_states"]
+        return self._engine("text_kv")(encoder_hidden_states=encoder_hidden_states)["text_kv"], warnings
+
+    def _image_kv(self, request: Request, image: Image.Image | None) -> Array:
+        """Scaled keys and values of negative and positive image prompt, (2, tokens, kv)."""
+        layout = self.manifest.kv_layout
+        if image is None or request.adapter is None or request.ip_adapter_scale is None:
+            return no_image_kv(layout, self.manifest.components["unet"].dtype)
+        feature = self.bundle.adapter(request.adapter).feature
+        encoder = self._engine("image_encoder")
+        pixel_values = preprocess([image], self.manifest.image_processor)
+        features = encoder(pixel_values=pixel_values.astype(encoder.spec.inputs[0].dtype))[feature]
+        halves = np.concatenate([np.zeros_like(features), features])
+        image_kv = self._engine(f"ip_adapter/{request.adapter}")(**{feature: halves})["image_kv"]
+        return scale_values(image_kv, layout, request.ip_adapter_scale)
+
+    def _denoise(self, request: Request, schedule: Schedule, text_kv: Array, image_kv: Array) -> Iterator[Step]:
+        assert request.seed is not None and request.height and request.width and request.guidance_scale is not None
+        unet = self._engine("unet")
+        generator = TorchGenerator(request.seed)
+        downscale = self.manifest.vae.downscale
+        channels = unet.spec.outputs[0].axes[1]
+        shape = (request.num_images, int(channels), request.height // downscale, request.width // downscale)
+        chosen = slice(None) if request.only is None else slice(request.only, request.only + 1)
+
+        def draw_noise() -> NDArray[np.float32]:
+            return generator.randn(shape)[chosen]
+
+        latents = draw_noise() * np.float32(schedule.init_noise_sigma)
+        text_kv, image_kv = (guidance_batch(kv, len(latents), request.has_guidance) for kv in (text_kv, image_kv))
+        return denoise(unet, schedule, latents, text_kv, image_kv, request.guidance_scale, draw_noise)
+
+    def _decode(self, latents: NDArray[np.float32]) -> list[Image.Image]:
+        """One picture at a time: the decoder's memory grows with the batch, its speed does not."""
+        decoder = self._engine("vae_decoder")
+        unscaled = (latents / np.float32(self.manifest.vae.scaling_factor)).astype(decoder.spec.inputs[0].dtype)
+        return [to_images(decoder(latents=one[None])["image"].astype(np.float32))[0] for one in unscaled]
+
+
+class _Stopwatch:
+    """Wall-clock seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{path} is not JSON ({error}); export the bundle again") from error
+    if not isinstance(config, dict):
+        raise BundleError(f"{path} is not a JSON object; export the bundle again")
+    return config

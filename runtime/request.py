@@ -1,0 +1,116 @@
+"""What a user asks for, checked before anything expensive starts."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from PIL import Image
+
+from ipa.engines.errors import RequestError
+from ipa.engines.manifest import Manifest
+
+SCHEDULERS = ("ddim", "pndm")
+SIZE_MULTIPLE = 8  # pixels per latent
+MIN_SIZE, MAX_SIZE = 64, 4096
+MAX_STEPS = 1000
+MAX_IMAGES = 256
+SEED_LIMIT = 2**64
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of the pipeline. `None` means: what the bundle's defaults say.
+
+    Attributes:
+        prompt: may be empty: the image alone then decides.
+        image: the image prompt; `None` asks for the base model without an adapter.
+        negative_prompt: what to move away from, when guidance is on.
+        adapter: which of the bundle's adapters.
+        ip_adapter_scale: weight of the image prompt; 0 is the base model exactly.
+        guidance_scale: classifier-free guidance, 1 and below is off.
+        seed: 0 to 2**64 - 1; `None` draws one.
+        num_images: pictures drawn from one generator, as diffusers' `num_images_per_prompt`.
+        only: make just the picture with this index of the `num_images`.
+        height, width: pixels, multiples of 8.
+        scheduler: `ddim` or `pndm`; `None` is the bundle's own.
+        eta: noise added back at each step, DDIM only; 0 is deterministic.
+    """
+
+    prompt: str = ""
+    image: Image.Image | Path | str | None = None
+    negative_prompt: str = ""
+    adapter: str | None = None
+    ip_adapter_scale: float | None = None
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    seed: int | None = None
+    num_images: int = 1
+    only: int | None = None
+    height: int | None = None
+    width: int | None = None
+    scheduler: str | None = None
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise RequestError(f"{name} is {getattr(self, name)!r}, expected text")
+        _check_int("num_inference_steps (--steps)", self.num_inference_steps, 1, MAX_STEPS)
+        _check_int("seed", self.seed, 0, SEED_LIMIT - 1)
+        _check_int("num_images", self.num_images, 1, MAX_IMAGES)
+        _check_int("only", self.only, 0, self.num_images - 1)
+        for name in ("ip_adapter_scale", "guidance_scale", "eta"):
+            _check_finite(name, getattr(self, name))
+        for name in ("height", "width"):
+            _check_int(name, getattr(self, name), MIN_SIZE, MAX_SIZE)
+            size = getattr(self, name)
+            if size is not None and size % SIZE_MULTIPLE:
+                below = size - size % SIZE_MULTIPLE
+                raise RequestError(
+                    f"{name} is {size}, expected a multiple of {SIZE_MULTIPLE}: try {below} or {below + SIZE_MULTIPLE}"
+                )
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
+            raise RequestError(f"unknown scheduler '{self.scheduler}', expected one of {', '.join(SCHEDULERS)}")
+        if not 0 <= self.eta <= 1:
+            raise RequestError(f"eta is {self.eta}, expected 0 to 1")
+
+    def resolved(self, manifest: Manifest) -> Request:
+        """This request with the bundle's defaults filled in and a seed drawn."""
+        defaults = manifest.defaults
+        chosen = {
+            item.name: getattr(defaults, item.name)
+            for item in fields(defaults)
+            if hasattr(self, item.name) and getattr(self, item.name) is None
+        }
+        if self.image is None:
+            chosen |= {"adapter": None, "ip_adapter_scale": 0.0}
+        elif not (self.adapter or defaults.adapter):
+            raise RequestError(
+                "an image was given, but the bundle has no adapter: "
+                "add one with `ipa-export adapter --bundle BUNDLE --adapter NAME=FILE`"
+            )
+        if self.seed is None:
+            chosen["seed"] = secrets.randbelow(2**32)
+        return replace(self, **chosen)
+
+    @property
+    def has_guidance(self) -> bool:
+        """Whether the UNet runs on a negative and a positive half."""
+        return self.guidance_scale is not None and self.guidance_scale > 1
+
+
+def _check_int(name: str, value: int | None, low: int, high: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(f"{name} is {value!r}, expected a whole number from {low} to {high}")
+
+
+def _check_finite(name: str, value: float | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RequestError(f"{name} is {value!r}, expected a finite number")
