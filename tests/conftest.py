@@ -1,0 +1,49 @@
+"""Fixtures shared by all tests: tiny models and one exported bundle, made once per session."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+sys.path.insert(0, str(Path(__file__).parent))  # `import tiny`: --import-mode=importlib adds no folder by itself
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for the whole session, the same for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def made_once(folder: Path, name: str, make: Callable[[Path], object]) -> Path:
+    """`folder / name`, made by the first worker that asks while the others wait."""
+    path = folder / name
+    with FileLock(folder / f"{name}.lock"):
+        done = folder / f"{name}.done"
+        if not done.exists():
+            make(path)
+            done.touch()
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_base(session_folder: Path) -> Path:
+    """Folder of a tiny random pipeline. Read only: copy it before changing anything."""
+    from tiny import tiny_pipeline
+
+    return made_once(session_folder, "tiny_base", tiny_pipeline)
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter_file(session_folder: Path, tiny_base: Path) -> Path:
+    """A random IP-Adapter of 4 tokens for `tiny_base`, as `.safetensors`."""
+    from tiny import tiny_adapter
+
+    config = json.loads((tiny_base / "unet" / "config.json").read_text())
+    return made_once(session_folder, "tiny_adapter.safetensors", lambda file: tiny_adapter(config, file))
