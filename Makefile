@@ -1,0 +1,41 @@
+# Every target makes the virtual environment that it needs: .venv holds the runtime alone, .venv-dev everything.
+PYTHON ?= python3
+OUT ?= out
+PACKAGES := engines runtime export trainer benchmarks
+# Ranges live in pyproject.toml; these are the exact versions that were tested.
+INSTALL = install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-slow check types clean
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	.venv/bin/ipa-run --image runtime/demo/reference.png --prompt "a star" --seed 7 --timings --output $(OUT)/demo.png
+
+test: .venv-dev/installed
+	.venv-dev/bin/pytest -n 2 --dist loadfile
+
+test-slow: .venv-dev/installed
+	.venv-dev/bin/pytest -m slow
+
+check: .venv-dev/installed types
+	.venv-dev/bin/ruff format --check .
+	.venv-dev/bin/ruff check .
+	.venv-dev/bin/mypy
+
+# mypy needs the packages under the names they are imported by.
+types:
+	@mkdir -p build/types/ipa
+	@for name in $(PACKAGES); do ln -sfn ../../../$$name build/types/ipa/$$name; done
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip $(INSTALL) -e '.[onnxruntime]'
+	@touch $@
+
+.venv-dev/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-dev
+	.venv-dev/bin/pip $(INSTALL) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-dev build dist $(OUT) *.egg-info .mypy_cache .ruff_cache .pytest_cache
