@@ -114,7 +114,7 @@ def hash_file(path: Path) -> str:
 def _check_path(root: Path, file: FileRecord) -> None:
     """Plain relative names only, and no link that leads out of the bundle."""
     parts = PurePosixPath(file.path).parts
-    if "/".join(parts) != file.path or not all(_PART.fullmatch(part) for part in parts):
+    if not parts or "/".join(parts) != file.path or not all(_PART.fullmatch(part) for part in parts):
         raise BundleError(f"{FILE_NAME} names the file {file.path!r}, which is not a plain relative path; refused")
     inside = [root.resolve()]
     if root.parent.name == "snapshots":  # the Hub cache: files are links into the same repository's blobs

@@ -41,14 +41,14 @@ def external_data(path: Path) -> list[ExternalData]:
         BundleError: the file is not protobuf, or holds what we never write and never read:
             sparse tensors, or external data outside an initialiser.
     """
+    if not path.stat().st_size:
+        raise BundleError(f"{path} is empty; export the bundle again")
     with path.open("rb") as file:
-        if not path.stat().st_size:
-            raise BundleError(f"{path} is empty; export the bundle again")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-            try:
-                return list(_model(view))
-            except (IndexError, UnicodeDecodeError, RecursionError, _WireError) as error:
-                raise BundleError(f"{path} is not a valid ONNX file ({error}); export the bundle again") from error
+        view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # unmapped when the last view goes
+    try:
+        return list(_model(view))
+    except (IndexError, UnicodeDecodeError, _WireError) as error:
+        raise BundleError(f"{path} is not a valid ONNX file ({error}); export the bundle again") from error
 
 
 class _WireError(ValueError):

@@ -1,0 +1,143 @@
+"""One run of `ipa-run`: from options to written files. The record it leaves makes the pictures again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+from ipa.engines.bundle import hash_file
+from ipa.engines.errors import RequestError
+from ipa.engines.manifest import Manifest
+from ipa.runtime.demo import demo_bundle
+from ipa.runtime.metadata import pnginfo, read_request
+from ipa.runtime.output import check_writable, output_paths, write_png
+from ipa.runtime.pipeline import Pipeline, Result, Step
+from ipa.runtime.request import Request
+
+_REQUEST_FIELDS = frozenset(Request.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a job did."""
+
+    paths: list[Path]
+    result: Result
+    engine: str
+    bundle: str
+    warnings: list[str]
+
+    def record(self) -> dict[str, Any]:
+        """Everything, for `--format json`."""
+        return {
+            "images": [str(path) for path in self.paths],
+            "request": request_record(self.result.request),
+            "bundle": self.bundle,
+            "engine": self.engine,
+            "warnings": self.warnings,
+            "seconds": self.result.seconds,
+            "steps_per_second": self.result.steps_per_second,
+        }
+
+    def timings(self) -> str:
+        """One line per stage."""
+        lines = [f"{stage:12} {seconds:8.3f} s" for stage, seconds in self.result.seconds.items()]
+        lines.append(f"{'total':12} {sum(self.result.seconds.values()):8.3f} s")
+        lines.append(f"{self.result.unet_calls} UNet calls, {self.result.steps_per_second:.2f} step/s, {self.engine}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request, and where to run and write it."""
+
+    request: Request
+    bundle: Path | None  # None: the demo bundle
+    engine: str
+    output: Path
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def plan(
+        cls, given: Mapping[str, Any], *, bundle: str | None, engine: str, output: str | None, source: str | None
+    ) -> Self:
+        """Check everything that can be checked before a model is opened.
+
+        Args:
+            given: fields of `Request` that the user named.
+            bundle, engine, output: as on the command line.
+            source: a PNG of ours whose request the given fields override.
+        Raises:
+            RequestError: a field, the source or the output does not fit.
+        """
+        recorded: Mapping[str, Any] = read_request(Path(source)) if source is not None else {}
+        fields = {name: value for name, value in recorded.items() if name in _REQUEST_FIELDS}
+        if "num_images" in given or "seed" in given:
+            fields.pop("only", None)
+        request = Request(**{**fields, **given})
+        if not request.prompt and request.image is None:
+            raise RequestError("nothing to draw from: give --prompt, --image or both")
+        if bundle is None:
+            bundle = recorded.get("bundle")
+        warnings = []
+        digest = recorded.get("image_sha256")
+        if "image" not in given and digest is not None and _image_hash(request) not in (digest, None):
+            warnings.append(f"{request.image} is not the image that {source} was made with; the result will differ")
+        target = Path(output) if output is not None else Path()
+        check_writable(target)
+        return cls(request, None if bundle is None else Path(bundle), engine, target, tuple(warnings))
+
+    def run(self, *, has_metadata: bool, show: Callable[[int], Any]) -> Report:
+        """Make the pictures and write them.
+
+        Args:
+            has_metadata: whether the files carry their request.
+            show: given the number of steps, a progress bar as tqdm's.
+        """
+        bar = None
+
+        def progress(step: Step) -> None:
+            nonlocal bar
+            bar = bar if bar is not None else show(step.count)
+            bar.update()
+
+        with Pipeline.open(self.bundle or demo_bundle(), engine=self.engine) as pipeline:
+            try:
+                result = pipeline.run(self.request, progress)
+            finally:
+                if bar is not None:
+                    bar.close()
+            origin = self._origin(pipeline.manifest)
+        assert result.request.seed is not None
+        paths = output_paths(self.output, len(result.images), result.request.seed)
+        for index, (image, path) in enumerate(zip(result.images, paths, strict=True)):
+            info = None
+            if has_metadata:
+                only = index if result.request.only is None and len(paths) > 1 else result.request.only
+                info = pnginfo({**request_record(replace(result.request, only=only)), **origin})
+            write_png(image, path, info)
+        return Report(paths, result, self.engine, str(self.bundle or "demo"), [*self.warnings, *result.warnings])
+
+    def _origin(self, manifest: Manifest) -> dict[str, Any]:
+        """What else decided the pictures: the models, by hash, and the image's content."""
+        return {
+            "bundle": None if self.bundle is None else str(self.bundle),
+            "image_sha256": _image_hash(self.request),
+            "unet_sha256": manifest.components["unet"].files[-1].sha256,
+            "version": version("ipa-runtime"),
+        }
+
+
+def request_record(request: Request) -> dict[str, Any]:
+    """A request as JSON values; a picture that came from no file is left out."""
+    record = asdict(replace(request, image=None))
+    record["image"] = str(request.image) if isinstance(request.image, str | Path) else None
+    return record
+
+
+def _image_hash(request: Request) -> str | None:
+    path = Path(request.image) if isinstance(request.image, str | Path) else None
+    return hash_file(path) if path is not None and path.is_file() else None
