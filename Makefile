@@ -9,7 +9,8 @@ INSTALL = install --quiet --no-compile --disable-pip-version-check -c constraint
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
-	.venv/bin/ipa-run --image runtime/demo/reference.png --prompt "a star" --seed 7 --timings --output $(OUT)/demo.png
+	@mkdir -p $(OUT)
+	.venv/bin/ipa-run --image runtime/assets/reference.png --prompt "a star" --seed 7 --timings --output $(OUT)/demo.png
 
 test: .venv-dev/installed
 	.venv-dev/bin/pytest -n 2 --dist loadfile

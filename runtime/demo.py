@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ipa.engines.errors import BundleError
 
-FOLDER = Path(__file__).parent / "demo"
-BUNDLE = FOLDER / "bundle"
+FOLDER = Path(__file__).parent / "assets"
+BUNDLE = FOLDER / "demo_bundle"
 REFERENCE = FOLDER / "reference.png"
 
 

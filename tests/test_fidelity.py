@@ -1,0 +1,172 @@
+"""Our torch-free chain against diffusers' `StableDiffusionPipeline` with `load_ip_adapter`, in FP32.
+
+Both start from the same weights, image, prompt and seed. What differs is the order of float32 sums (onnxruntime's
+kernels against torch's), some 1e-6 per call of the UNet, which guidance and the steps amplify; 1e-3 of the latents'
+range is the promise, and what is seen is some 1e-5. A pixel may round to the neighbouring value: 2 of 255.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from ipa.runtime import Pipeline, Request
+
+STEPS = 5
+PROMPT, NEGATIVE = "a photo of a cat, on the grass", "red dog"
+SIZES = ((64, 64), (72, 104))
+COUNTS = (1, 3)
+CASES = [
+    (scheduler, guidance, scale, SIZES[(i // 2) % 2], COUNTS[i % 2])
+    for i, (scheduler, guidance, scale) in enumerate(product(("ddim", "pndm"), (1.0, 6.0), (0.0, 0.6, 1.3)))
+]
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_base: Path, tiny_adapter_file: Path) -> Any:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_base, local_files_only=True)
+    pipe.load_ip_adapter(
+        str(tiny_adapter_file.parent), subfolder="", weight_name=tiny_adapter_file.name, image_encoder_folder=None
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.open(tiny_bundle) as pipe:
+        yield pipe
+
+
+@pytest.fixture(scope="module")
+def reference_image() -> Image.Image:
+    ramp = np.linspace(0, 255, 90 * 60 * 3).reshape(60, 90, 3)
+    noise = np.random.default_rng(3).integers(0, 90, (60, 90, 3))
+    return Image.fromarray(((ramp + noise) % 256).astype(np.uint8))
+
+
+def run_diffusers(oracle: Any, image: Image.Image, request: Request, output_type: str) -> Any:
+    kinds = {"ddim": DDIMScheduler, "pndm": PNDMScheduler}
+    oracle.scheduler = kinds[str(request.scheduler)].from_config(oracle.scheduler.config)
+    oracle.set_ip_adapter_scale(request.ip_adapter_scale)
+    assert request.seed is not None
+    return oracle(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        ip_adapter_image=image,
+        num_images_per_prompt=request.num_images,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        height=request.height,
+        width=request.width,
+        eta=request.eta,
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type=output_type,
+    ).images
+
+
+def last_latents(pipeline: Pipeline, request: Request) -> np.ndarray:
+    for step in pipeline.steps(request):
+        latents = step.latents
+    return latents
+
+
+def make_request(image: Image.Image, **fields: Any) -> Request:
+    defaults: dict[str, Any] = {
+        "prompt": PROMPT,
+        "negative_prompt": NEGATIVE,
+        "image": image,
+        "num_inference_steps": STEPS,
+        "guidance_scale": 6.0,
+        "ip_adapter_scale": 0.8,
+        "seed": 11,
+        "height": 64,
+        "width": 64,
+        "scheduler": "ddim",
+    }
+    return Request(**{**defaults, **fields})
+
+
+def assert_same_latents(ours: np.ndarray, theirs: torch.Tensor) -> None:
+    expected = theirs.numpy()
+    assert ours.shape == expected.shape
+    assert ours.dtype == np.float32
+    error = np.abs(ours - expected).max() / np.abs(expected).max()
+    assert error < 1e-3, f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(("scheduler", "guidance", "scale", "size", "count"), CASES)
+def test_latents_equal_diffusers(
+    oracle: Any,
+    pipeline: Pipeline,
+    reference_image: Image.Image,
+    scheduler: str,
+    guidance: float,
+    scale: float,
+    size: tuple[int, int],
+    count: int,
+) -> None:
+    request = make_request(
+        reference_image,
+        scheduler=scheduler,
+        guidance_scale=guidance,
+        ip_adapter_scale=scale,
+        height=size[0],
+        width=size[1],
+        num_images=count,
+    )
+    assert_same_latents(last_latents(pipeline, request), run_diffusers(oracle, reference_image, request, "latent"))
+
+
+@pytest.mark.parametrize("seed", [0, 2**32, 2**64 - 1])
+def test_every_seed_is_torch_s(
+    oracle: Any, pipeline: Pipeline, reference_image: Image.Image, seed: int
+) -> None:
+    request = make_request(reference_image, seed=seed, num_inference_steps=2)
+    assert_same_latents(last_latents(pipeline, request), run_diffusers(oracle, reference_image, request, "latent"))
+
+
+def test_eta_draws_the_same_variance_noise(oracle: Any, pipeline: Pipeline, reference_image: Image.Image) -> None:
+    request = make_request(reference_image, eta=0.7, num_images=2)
+    assert_same_latents(last_latents(pipeline, request), run_diffusers(oracle, reference_image, request, "latent"))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "pndm"])
+def test_pictures_equal_diffusers(
+    oracle: Any, pipeline: Pipeline, reference_image: Image.Image, scheduler: str
+) -> None:
+    request = make_request(reference_image, scheduler=scheduler, num_images=3, height=96, width=64)
+    ours = pipeline.run(request).images
+    theirs = run_diffusers(oracle, reference_image, request, "pil")
+    assert [image.size for image in ours] == [(64, 96)] * 3
+    for mine, other in zip(ours, theirs, strict=True):
+        difference = np.abs(np.asarray(mine, int) - np.asarray(other, int))
+        assert difference.max() <= 2
+
+
+def test_scale_0_is_the_base_model_exactly(pipeline: Pipeline, reference_image: Image.Image) -> None:
+    request = make_request(reference_image, ip_adapter_scale=0.0)
+    np.testing.assert_array_equal(
+        last_latents(pipeline, request), last_latents(pipeline, make_request(reference_image, image=None))
+    )
+
+
+def test_a_step_of_the_batch_alone_is_the_same_picture(pipeline: Pipeline, reference_image: Image.Image) -> None:
+    fields = {"num_images": 3, "eta": 0.5, "num_inference_steps": 3}
+    batch = last_latents(pipeline, make_request(reference_image, **fields))
+    alone = last_latents(pipeline, make_request(reference_image, only=1, **fields))
+    # The same sums in kernels tiled for another batch size.
+    np.testing.assert_allclose(alone[0], batch[1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_request_gives_the_same_bits(pipeline: Pipeline, reference_image: Image.Image) -> None:
+    request = make_request(reference_image)
+    np.testing.assert_array_equal(last_latents(pipeline, request), last_latents(pipeline, request))
