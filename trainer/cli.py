@@ -1,0 +1,104 @@
+"""``ipa-train``: train an adapter, or the demo model from scratch.
+
+Arguments are parsed before torch is imported, so that help and mistakes come at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ipa.trainer.errors import TrainError
+from ipa.trainer.interrupt import TrainStoppedError
+from ipa.trainer.options import AdapterOptions
+
+FILE = click.Path(path_type=Path)
+
+
+@click.group()
+def cli() -> None:
+    """Train image prompts (IP-Adapter) for Stable Diffusion."""
+
+
+@cli.command()
+@click.option("--base", required=True, help="Stable Diffusion 1.x/2.x pipeline in diffusers format: folder or hub id.")
+@click.option("--image-encoder", required=True, help="CLIP vision model with projection: folder or hub id.")
+@click.option("--data", required=True, type=FILE, help="Records: .json, .jsonl or .csv.")
+@click.option("--image-root", required=True, type=FILE, help="Folder that the records' paths are relative to.")
+@click.option("--output", required=True, type=FILE, help="Folder for the adapter, the log and the checkpoints.")
+@click.option("--steps", required=True, type=int, help="Optimizer steps in all.")
+@click.option("--num-tokens", type=int, help="Image tokens. diffusers loads exactly 4.")
+@click.option("--learning-rate", type=float)
+@click.option("--weight-decay", type=float)
+@click.option("--batch-size", type=int, help="Samples per process and micro step.")
+@click.option("--gradient-accumulation-steps", type=int, help="Micro steps per optimizer step.")
+@click.option("--resolution", type=int, help="Side of the training images in pixels. [default: the base model's own]")
+@click.option("--drop-image", type=float, help="Probability that only the image is dropped.")
+@click.option("--drop-text", type=float, help="Probability that only the text is dropped.")
+@click.option("--drop-both", type=float, help="Probability that both are dropped.")
+@click.option("--timestep-bias", type=float, help="0 is uniform; above, noisier timesteps come more often (t ** bias).")
+@click.option("--mixed-precision", help="no, fp16 or bf16.")
+@click.option("--lr-scheduler", help="constant or cosine.")
+@click.option("--lr-warmup-steps", type=int)
+@click.option("--max-grad-norm", type=float, help="Clip gradients to this norm. [default: off]")
+@click.option("--ema-decay", type=float, help="Write a moving average of the weights, e.g. 0.999. [default: off]")
+@click.option("--init-adapter", type=FILE, help="Adapter file to start from. [default: copies of the text weights]")
+@click.option("--cache-latents", is_flag=True, help="Encode everything once, before the first step, into memory.")
+@click.option("--num-workers", type=int, help="Processes that read images ahead.")
+@click.option("--seed", type=int)
+@click.option("--checkpoint-every", type=int, help="Optimizer steps between checkpoints.")
+@click.option("--keep-checkpoints", type=int, help="Newest checkpoints to keep, at least 2.")
+@click.option("--resume/--no-resume", default=True, help="Go on from the newest checkpoint in --output. [default: yes]")
+@click.option("--log-every", type=int, help="Optimizer steps per line of train_log.jsonl.")
+def adapter(**given: Any) -> None:
+    """Train a base-kind IP-Adapter; writes ip_adapter.safetensors and ip_adapter.bin.
+
+    Several processes: `torchrun --nproc_per_node 2 -m ipa.trainer.cli adapter ...`, on GPUs or CPU cores.
+    """
+    options = AdapterOptions(**{name: value for name, value in given.items() if value is not None})
+    from ipa.trainer.adapter import train_adapter
+
+    result = train_adapter(options)
+    click.echo(f"{result.safetensors}\n{result.bin}")
+
+
+def _show_defaults(command: click.Command) -> None:
+    """Complete the help of options that have their default in ``AdapterOptions``, so that it is stated once."""
+    for option in command.params:
+        default = AdapterOptions.__dataclass_fields__[option.name or ""].default
+        is_plain = isinstance(default, int | float | str) and not isinstance(default, bool)
+        if isinstance(option, click.Option) and is_plain:
+            option.help = f"{option.help or ''} [default: {default}]".strip()
+
+
+_show_defaults(adapter)
+
+
+def main() -> None:
+    """Entry point: exit code 2 and one message for what the user can put right, 128 + signal when stopped."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except TrainError as error:
+        _fail(str(error), 2)
+    except TrainStoppedError as error:
+        _fail(str(error), 128 + error.signum)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("stopped before the first step", 128 + signal.SIGINT)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"ipa-train: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
