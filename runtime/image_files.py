@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import stat
 import warnings
 from pathlib import Path
@@ -21,6 +22,9 @@ _MAX_EXIF_BYTES = 1024**2
 
 # Always named: left alone, Pillow also tries EPS (which starts Ghostscript), PSD and dozens of rare decoders.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+# Without a handler, Python prints Pillow's remarks on broken files to stderr; ours is the one message there.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # EXIF orientation -> what turns the picture upright. Source: CIPA DC-008 (Exif 2.32), tag 0x0112.
 _UPRIGHT = {
@@ -96,7 +100,7 @@ def _read(file: BinaryIO, path: Path, max_pixels: int) -> Image.Image:
         try:
             image: Image.Image = Image.open(source, formats=_FORMATS)
         except Image.DecompressionBombError as error:
-            raise _too_large(path, "far more", max_pixels) from error
+            raise _too_large(path, "far too many pixels", max_pixels) from error
         except UnidentifiedImageError as error:
             raise RequestError(f"image {path}: not a picture in one of the formats {', '.join(_FORMATS)}") from error
         except Exception as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -228,6 +230,22 @@ def test_flipped_bytes_end_in_a_picture_or_in_our_message(tmp_path: Path) -> Non
                 assert read_image(path).mode == "RGB"
             except RequestError as error:
                 assert str(path) in str(error)
+
+
+def test_pillows_own_remarks_stay_out_of_stderr(tmp_path: Path) -> None:
+    """Pillow logs an error for a TIFF with 9 samples per pixel; pytest's log capture would hide it, so: a process."""
+    path = tmp_path / "x.tiff"
+    content = bytearray(encoded(random_picture(8, 8), "TIFF"))
+    tag = content.index(struct.pack("<HHI", 277, 3, 1))
+    content[tag + 8] = 9
+    path.write_bytes(bytes(content))
+    refused(path)
+    code = (
+        "import sys; from pathlib import Path; from ipa.runtime.images import read_image\n"
+        "try: read_image(Path(sys.argv[1]))\nexcept Exception as error: print(type(error).__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("RequestError\n", "")
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
