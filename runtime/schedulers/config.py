@@ -21,6 +21,7 @@ _OTHER_SCHEDULERS_KEYS = frozenset(
         "dynamic_thresholding_ratio",
         "euler_at_final",
         "final_sigmas_type",
+        "flow_shift",
         "interpolation_type",
         "lambda_min_clipped",
         "lower_order_final",
@@ -28,6 +29,7 @@ _OTHER_SCHEDULERS_KEYS = frozenset(
         "predict_x0",
         "rescale_betas_zero_snr",
         "sample_max_value",
+        "shift_terminal",
         "sigma_max",
         "sigma_min",
         "skip_prk_steps",
@@ -35,6 +37,7 @@ _OTHER_SCHEDULERS_KEYS = frozenset(
         "solver_p",
         "solver_type",
         "thresholding",
+        "time_shift_type",
         "timestep_scaling",
         "timestep_type",
         "use_lu_lambdas",
@@ -42,7 +45,13 @@ _OTHER_SCHEDULERS_KEYS = frozenset(
     }
 )
 # Keys that ask for other timesteps than DDIM and PNDM have.
-_MUST_BE_OFF = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas")
+_MUST_BE_OFF = (
+    "use_beta_sigmas",
+    "use_dynamic_shifting",
+    "use_exponential_sigmas",
+    "use_flow_sigmas",
+    "use_karras_sigmas",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +94,9 @@ class SchedulerConfig:
                 raise _bad(name, getattr(self, name), "a number between 0 and 1")
         if self.trained_betas is not None:
             if len(self.trained_betas) != self.num_train_timesteps:
-                raise _bad("trained_betas", f"{len(self.trained_betas)} numbers", f"{self.num_train_timesteps} of them")
+                raise _bad("trained_betas", self.trained_betas, f"a list of {self.num_train_timesteps} numbers")
             if not all(0 < beta <= 1 for beta in self.trained_betas):
-                raise _bad("trained_betas", "a list with numbers out of range", "numbers above 0, up to 1")
+                raise _bad("trained_betas", self.trained_betas, "numbers above 0, up to 1")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
@@ -105,7 +114,9 @@ class SchedulerConfig:
                 if value:
                     raise _bad(key, value, "false: `ddim` and `pndm` have no such option")
             elif not (key in names or key in _OTHER_SCHEDULERS_KEYS or key.startswith("_")):
-                raise BundleError(f"scheduler_config.json: unknown key '{key}'; remove it if it changes nothing here")
+                raise BundleError(
+                    f"scheduler_config.json: unknown key '{key}'; remove it if pictures do not depend on it"
+                )
         return cls(**{key: _typed(key, config[key]) for key in config if key in names and key not in defaulted})
 
 
