@@ -37,7 +37,8 @@ def split_guidance(noise_pred: Array, guidance_scale: float) -> Array:
     Source: arXiv:2207.12598, formula (6).
     """
     negative, positive = np.split(noise_pred, 2)
-    return negative + np.float32(guidance_scale) * (positive - negative)
+    blended: Array = negative + np.float32(guidance_scale) * (positive - negative)
+    return blended
 
 
 def denoise(

@@ -12,9 +12,10 @@ from ipa.engines.bundle import hash_file
 from ipa.engines.errors import RequestError
 from ipa.engines.manifest import Manifest
 from ipa.runtime.demo import demo_bundle
+from ipa.runtime.denoise import Step
 from ipa.runtime.metadata import pnginfo, read_request
 from ipa.runtime.output import check_writable, output_paths, write_png
-from ipa.runtime.pipeline import Pipeline, Result, Step
+from ipa.runtime.pipeline import Pipeline, Result
 from ipa.runtime.request import Request
 
 _REQUEST_FIELDS = frozenset(Request.__dataclass_fields__)

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -110,8 +110,7 @@ class Pipeline:
             RequestError: the image cannot be read, or the bundle has no such adapter.
             EngineError: an engine cannot be opened or failed.
         """
-        request = request.resolved(self.manifest)
-        schedule = self._schedule(request)
+        request, schedule = self._resolved(request)
         image = None if request.image is None else open_image(request.image)
         stopwatch = _Stopwatch()
         with stopwatch("load"):
@@ -130,8 +129,7 @@ class Pipeline:
 
     def steps(self, request: Request) -> Iterator[Step]:
         """The denoising loop alone, as a generator: the last step's latents are the final ones."""
-        request = request.resolved(self.manifest)
-        schedule = self._schedule(request)
+        request, schedule = self._resolved(request)
         image = None if request.image is None else open_image(request.image)
         text_kv, _ = self._text_kv(request)
         return self._denoise(request, schedule, text_kv, self._image_kv(request, image))
@@ -148,10 +146,13 @@ class Pipeline:
             self._engines[name] = self._stack.enter_context(self.bundle.open_component(name, self._engine_name))
         return self._engines[name]
 
-    def _schedule(self, request: Request) -> Schedule:
+    def _resolved(self, request: Request) -> tuple[Request, Schedule]:
+        """The request with nothing left open, and its run of the scheduler."""
+        request = request.resolved(self.manifest)
         scheduler = create_scheduler(request.scheduler, self._scheduler_config)
         assert request.num_inference_steps is not None
-        return scheduler.schedule(request.num_inference_steps, eta=request.eta)
+        schedule = scheduler.schedule(request.num_inference_steps, eta=request.eta)
+        return replace(request, scheduler=scheduler.name), schedule
 
     def _text_kv(self, request: Request) -> tuple[Array, list[str]]:
         """Keys and values of negative and positive prompt, (2, text_tokens, kv), and warnings."""

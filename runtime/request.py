@@ -11,8 +11,8 @@ from PIL import Image
 
 from ipa.engines.errors import RequestError
 from ipa.engines.manifest import Manifest
+from ipa.runtime.schedulers import SCHEDULER_NAMES
 
-SCHEDULERS = ("ddim", "pndm")
 SIZE_MULTIPLE = 8  # pixels per latent
 MIN_SIZE, MAX_SIZE = 64, 4096
 MAX_STEPS = 1000
@@ -72,8 +72,8 @@ class Request:
                 raise RequestError(
                     f"{name} is {size}, expected a multiple of {SIZE_MULTIPLE}: try {below} or {below + SIZE_MULTIPLE}"
                 )
-        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
-            raise RequestError(f"unknown scheduler '{self.scheduler}', expected one of {', '.join(SCHEDULERS)}")
+        if self.scheduler is not None and self.scheduler not in SCHEDULER_NAMES:
+            raise RequestError(f"unknown scheduler '{self.scheduler}', expected one of {', '.join(SCHEDULER_NAMES)}")
         if not 0 <= self.eta <= 1:
             raise RequestError(f"eta is {self.eta}, expected 0 to 1")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ class DDIMScheduler:
     Args:
         config: options and noise schedule of the model.
     """
+
+    name: ClassVar[str] = "ddim"
 
     def __init__(self, config: DDIMConfig) -> None:
         self.config = config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ class PNDMScheduler:
     Args:
         config: options and noise schedule of the model.
     """
+
+    name: ClassVar[str] = "pndm"
 
     def __init__(self, config: PNDMConfig) -> None:
         self.config = config

@@ -14,7 +14,7 @@ stopped, repeated from the middle, or interleaved with another.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from numpy.typing import NDArray
 
@@ -74,6 +74,8 @@ class Schedule(Protocol):
 
 class Scheduler(Protocol):
     """A sampling method with a model's noise schedule."""
+
+    name: ClassVar[str]  # as `create_scheduler` takes it
 
     def schedule(self, num_inference_steps: int, eta: float = 0.0) -> Schedule:
         """The run with that many steps.
