@@ -59,7 +59,9 @@ class TrainResult:
 
 
 def train_adapter(options: AdapterOptions) -> TrainResult:
-    """Train an adapter, or go on with a training that was stopped; in every process of ``torchrun`` or ``accelerate launch``.
+    """Train an adapter, or go on with a training that was stopped.
+
+    Called in every process of ``torchrun`` or ``accelerate launch``; the main one writes.
 
     Raises:
         TrainError: options, data, models or the disk do not allow it.

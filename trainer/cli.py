@@ -5,6 +5,7 @@ Arguments are parsed before torch is imported, so that help and mistakes come at
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -63,7 +64,8 @@ def adapter(**given: Any) -> None:
     from ipa.trainer.adapter import train_adapter
 
     result = train_adapter(options)
-    click.echo(f"{result.safetensors}\n{result.bin}")
+    if int(os.environ.get("RANK", "0")) == 0:  # set by torchrun
+        click.echo(f"{result.safetensors}\n{result.bin}")
 
 
 def _show_defaults(command: click.Command) -> None:
