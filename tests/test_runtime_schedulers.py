@@ -1,7 +1,7 @@
 """Schedulers against diffusers', step by step, over many configurations.
 
 The oracle runs diffusers' scheduler in float64, with its float32 table of alphas widened to float64 like ours: then
-both do the same arithmetic and agree to 1e-10 of the largest latent. Unwidened, diffusers computes its coefficients in
+both do the same arithmetic and agree to 1e-13 of the largest latent. Unwidened, diffusers computes its coefficients in
 float32 (6e-8 each), which shows as up to 1e-6.
 """
 
@@ -24,9 +24,9 @@ from ipa.runtime.schedulers import Schedule, State, create_scheduler
 from ipa.runtime.schedulers.alphas import AlphasCumprod
 from ipa.runtime.schedulers.config import DDIMConfig, PNDMConfig
 
-ORACLE_TOLERANCE = 1e-10
+ORACLE_TOLERANCE = 1e-13  # 5e-16 seen
 FLOAT32_COEFFICIENTS_TOLERANCE = 1e-6
-FLOAT32_TOLERANCE = 2e-5  # two float32 computations in different order, over a whole run
+FLOAT32_TOLERANCE = 5e-6  # two float32 computations in different order, over a whole run: 1e-6 seen
 SHAPE = (2, 4, 6, 5)
 CLASSES = {"ddim": DDIMScheduler, "pndm": PNDMScheduler}
 
@@ -126,7 +126,7 @@ def test_noise_schedules_and_ends(name: str, betas: str, steps_offset: int, is_f
     assert_same_run(*pair(name, config, steps=6), ORACLE_TOLERANCE)
 
 
-@pytest.mark.parametrize("steps", [4, 5, 11])
+@pytest.mark.parametrize("steps", [4, 5, 9])  # 1000 // 9 is odd: half an interval is rounded
 @pytest.mark.parametrize("skip_prk_steps", [False, True])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction_type", PNDMConfig.PREDICTION_TYPES)
