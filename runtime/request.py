@@ -11,13 +11,13 @@ from PIL import Image
 
 from ipa.engines.errors import RequestError
 from ipa.engines.manifest import Manifest
+from ipa.runtime.noise import SEED_LIMIT
 from ipa.runtime.schedulers import SCHEDULER_NAMES
 
 SIZE_MULTIPLE = 8  # pixels per latent
 MIN_SIZE, MAX_SIZE = 64, 4096
 MAX_STEPS = 1000
 MAX_IMAGES = 256
-SEED_LIMIT = 2**64
 
 
 @dataclass(frozen=True)

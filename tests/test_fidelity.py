@@ -127,9 +127,7 @@ def test_latents_equal_diffusers(
 
 
 @pytest.mark.parametrize("seed", [0, 2**32, 2**64 - 1])
-def test_every_seed_is_torch_s(
-    oracle: Any, pipeline: Pipeline, reference_image: Image.Image, seed: int
-) -> None:
+def test_every_seed_is_torch_s(oracle: Any, pipeline: Pipeline, reference_image: Image.Image, seed: int) -> None:
     request = make_request(reference_image, seed=seed, num_inference_steps=2)
     assert_same_latents(last_latents(pipeline, request), run_diffusers(oracle, reference_image, request, "latent"))
 
