@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+TOKENS, TEXT_WIDTH, EMBED_WIDTH = 4, 768, 1024
 SD15_UNET = {
     "sample_size": 64,
     "in_channels": 4,
@@ -20,7 +21,7 @@ SD15_UNET = {
     "layers_per_block": 2,
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "cross_attention_dim": 768,
+    "cross_attention_dim": TEXT_WIDTH,
     "attention_head_dim": 8,
 }
 SD15_VAE = {
@@ -34,11 +35,11 @@ SD15_VAE = {
 # OpenAI's ViT-L/14 text model and OpenCLIP's ViT-H/14 image model, as SD1.5 and IP-Adapter use them.
 CLIP_TEXT = {
     "vocab_size": 49408,
-    "hidden_size": 768,
+    "hidden_size": TEXT_WIDTH,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
-    "projection_dim": 768,
+    "projection_dim": TEXT_WIDTH,
 }
 CLIP_VISION = {
     "hidden_size": 1280,
@@ -47,7 +48,7 @@ CLIP_VISION = {
     "num_attention_heads": 16,
     "image_size": 224,
     "patch_size": 14,
-    "projection_dim": 1024,
+    "projection_dim": EMBED_WIDTH,
     "hidden_act": "gelu",
 }
 SCHEDULER = {
@@ -58,7 +59,6 @@ SCHEDULER = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-TOKENS = 4
 
 
 def write_pipeline(folder: Path, seed: int = 0) -> None:
@@ -116,16 +116,15 @@ def write_adapter(file: Path, seed: int = 0) -> None:
     with torch.device("meta"):
         layout = kv_layout(UNet2DConditionModel(**SD15_UNET))
     generator = torch.Generator().manual_seed(seed)
-    width, embed = CLIP_TEXT["hidden_size"], CLIP_VISION["projection_dim"]
-    shapes = {
-        "image_proj.proj.weight": (TOKENS * width, embed),
-        "image_proj.proj.bias": (TOKENS * width,),
-        "image_proj.norm.weight": (width,),
-        "image_proj.norm.bias": (width,),
+    shapes: dict[str, tuple[int, ...]] = {
+        "image_proj.proj.weight": (TOKENS * TEXT_WIDTH, EMBED_WIDTH),
+        "image_proj.proj.bias": (TOKENS * TEXT_WIDTH,),
+        "image_proj.norm.weight": (TEXT_WIDTH,),
+        "image_proj.norm.bias": (TEXT_WIDTH,),
     }
     for index, layer_width in enumerate(layout.widths):
         for which in ("k", "v"):
-            shapes[f"ip_adapter.{2 * index + 1}.to_{which}_ip.weight"] = (layer_width, width)
+            shapes[f"ip_adapter.{2 * index + 1}.to_{which}_ip.weight"] = (layer_width, TEXT_WIDTH)
     save_file({key: torch.randn(shape, generator=generator) * 0.03 for key, shape in shapes.items()}, file)
 
 
