@@ -1,5 +1,7 @@
 """Each stage of the demo for two steps, the tokenizer, and the arithmetic between the stages."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,7 @@ TINY = DemoConfig(
     adapter_steps=1,
     judge_steps=2,
     workers=1,
+    evaluation_pairs=2,
 )
 
 
@@ -140,6 +143,8 @@ def test_the_whole_chain_makes_a_pipeline_that_diffusers_loads(tmp_path):
     assert (folder.pipeline / "image_encoder" / "preprocessor_config.json").exists()
     assert (folder.adapter / "ip_adapter.safetensors").exists()
     assert load_file(folder.judge)
+    scores = json.loads(folder.evaluation.read_text())
+    assert list(scores) == ["0.0", "0.5", "1.0"] and scores["1.0"]["images"] == 2
     # What is finished stays as it is.
     written = {path: path.stat().st_mtime_ns for path in (folder.work / "vae").iterdir()}
     train(tmp_path, TINY, stages=("vae", "clip", "unet", "decoder", "judge"))

@@ -1,7 +1,8 @@
 """The whole demo model, stage by stage: from drawn images to a pipeline, an adapter and a judge."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -11,8 +12,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from ipa.trainer.adapter import train_adapter
 from ipa.trainer.demo.clip import train_clip
 from ipa.trainer.demo.dataset import Dataset, load_or_draw, write_adapter_data
+from ipa.trainer.demo.evaluate import PAIRS, held_out_pairs, score
 from ipa.trainer.demo.files import atomic_folder
-from ipa.trainer.demo.judge import save_judge, train_judge
+from ipa.trainer.demo.generate import generate, load_with_adapter
+from ipa.trainer.demo.judge import load_judge, save_judge, train_judge
 from ipa.trainer.demo.loop import Budget
 from ipa.trainer.demo.pipeline import save_pipeline
 from ipa.trainer.demo.shapes import IMAGE_SIZE
@@ -23,7 +26,8 @@ from ipa.trainer.errors import TrainError
 from ipa.trainer.files import atomic_path
 from ipa.trainer.options import AdapterOptions
 
-STAGES = ("vae", "clip", "unet", "decoder", "pipeline", "adapter", "judge")
+STAGES = ("vae", "clip", "unet", "decoder", "pipeline", "adapter", "judge", "evaluate")
+SCALES = (0.0, 0.5, 1.0)  # that the adapter is scored at
 MINUTE_SHARES = {"vae": 0.15, "clip": 0.09, "unet": 0.5, "decoder": 0.11, "judge": 0.03}  # the rest is the adapter's
 
 
@@ -39,6 +43,7 @@ class DemoConfig:
         minutes: end each stage early, schedule and all, after its share of so many minutes. Left out, the steps
             alone decide and a training can be repeated exactly.
         workers: processes that draw and that train the UNet.
+        evaluation_pairs: held-out pairs that the result is scored on.
     """
 
     images: int = 20_000
@@ -52,6 +57,7 @@ class DemoConfig:
     judge_steps: int = 1_400
     minutes: float | None = None
     workers: int = 2
+    evaluation_pairs: int = PAIRS
     seed: int = 0
 
     def budget(self, stage: str) -> Budget:
@@ -85,6 +91,11 @@ class DemoFolder:
     def judge(self) -> Path:
         """The weights of the shape judge."""
         return self.root / "judge.safetensors"
+
+    @property
+    def evaluation(self) -> Path:
+        """The scores, by adapter scale."""
+        return self.root / "evaluation.json"
 
 
 def train(output: Path, config: DemoConfig | None = None, stages: Sequence[str] = STAGES) -> DemoFolder:
@@ -173,6 +184,17 @@ class _Chain:
         checkpoint = self._checkpoint("judge")
         judge, _ = train_judge(config.judge_images, config.budget("judge"), checkpoint, config.workers, config.seed)
         save_judge(judge, self.folder.judge)
+
+    def evaluate(self) -> None:
+        adapter = self.folder.adapter / "ip_adapter.safetensors"
+        for needed, stage in ((adapter, "adapter"), (self.folder.judge, "judge")):
+            if not needed.exists():
+                raise TrainError(f"{needed} is not there yet: run the stage {stage!r} first")
+        pairs = held_out_pairs(self.config.evaluation_pairs)
+        loaded, judge = load_with_adapter(self.folder.pipeline, adapter), load_judge(self.folder.judge)
+        scores = {str(scale): asdict(score(generate(loaded, pairs, scale), pairs, judge)) for scale in SCALES}
+        with atomic_path(self.folder.evaluation) as temporary:
+            temporary.write_text(json.dumps(scores, indent=2) + "\n")
 
     def _dataset(self) -> Dataset:
         return load_or_draw(self.folder.work, self.config.images, self.config.workers)

@@ -28,6 +28,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "black": (25, 25, 25),
 }
 COLOURS = tuple(PALETTE)
+ADAPTER_NAMED = 0.15  # how often a caption beside an image prompt names texture, foreground or background
 LIGHTENED = ("blue", "purple", "black")  # dark colours: their second tone is lighter, that of the others darker
 
 
@@ -76,8 +77,8 @@ def other_shape(scene: Scene, rng: np.random.Generator, *, held_out: bool = Fals
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that always names the shape and often leaves the rest to chance (or to an image prompt)."""
-    return describe(scene, *(rng.random(3) < (0.35, 0.5, 0.45)))
+    """An adapter's caption: it always names the shape and mostly leaves the rest to the image prompt."""
+    return describe(scene, *(rng.random(3) < ADAPTER_NAMED))
 
 
 def describe(scene: Scene, texture: bool, foreground: bool, background: bool) -> str:
