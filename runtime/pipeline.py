@@ -163,6 +163,8 @@ class Pipeline:
             for name, encoding in encodings.items()
             if encoding.cut
         ]
+        if request.negative_prompt and not request.has_guidance:
+            warnings.append(f"the negative prompt has no effect at guidance scale {request.guidance_scale}")
         input_ids = np.stack([encoding.ids for encoding in encodings.values()])
         encoder_hidden_states = self._engine("text_encoder")(input_ids=input_ids)["encoder_hidden_states"]
         return self._engine("text_kv")(encoder_hidden_states=encoder_hidden_states)["text_kv"], warnings

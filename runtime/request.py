@@ -86,6 +86,8 @@ class Request:
             if hasattr(self, item.name) and getattr(self, item.name) is None
         }
         if self.image is None:
+            if self.adapter or self.ip_adapter_scale:
+                raise RequestError("an adapter or its scale was given, but no image: add --image, or leave them out")
             chosen |= {"adapter": None, "ip_adapter_scale": 0.0}
         elif not (self.adapter or defaults.adapter):
             raise RequestError(
