@@ -47,3 +47,16 @@ def tiny_adapter_file(session_folder: Path, tiny_base: Path) -> Path:
 
     config = json.loads((tiny_base / "unet" / "config.json").read_text())
     return made_once(session_folder, "tiny_adapter.safetensors", lambda file: tiny_adapter(config, file))
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(session_folder: Path, tiny_base: Path, tiny_adapter_file: Path) -> Path:
+    """An FP32 bundle of `tiny_base` with the adapter `tiny`. Read only: copy it before changing anything."""
+    from ipa.export.adapters import AdapterFile
+    from ipa.export.build import ExportRequest, export_bundle
+
+    def make(output: Path) -> None:
+        adapters = (AdapterFile("tiny", tiny_adapter_file),)
+        export_bundle(ExportRequest(base=str(tiny_base), output=output, adapters=adapters))
+
+    return made_once(session_folder, "tiny_bundle", make)

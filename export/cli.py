@@ -1,0 +1,133 @@
+"""`ipa-export`: weights to bundles, adapters into bundles, and the proof that they agree."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ipa.engines.errors import IpaError
+
+DTYPES = {"fp32": "float32", "fp16": "float16"}
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class _Group(click.Group):
+    """Turns what the user can act on into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except IpaError as error:
+            click.echo(f"ipa-export: {error}", err=True)
+            sys.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ipa-runtime")
+def main() -> None:
+    """Export Stable Diffusion and IP-Adapters to ONNX bundles that run without PyTorch."""
+
+
+def _finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter("must be a finite number")
+    return value
+
+
+@main.command()
+@click.option("--base", required=True, metavar="DIR_OR_ID", help="Stable Diffusion 1.x pipeline in diffusers format.")
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="[NAME=]FILE", help="IP-Adapter file; the first is the default."
+)
+@click.option("--image-encoder", metavar="DIR_OR_ID", help="CLIP vision model; default: the pipeline's own.")
+@click.option("--output", required=True, type=_FOLDER, metavar="BUNDLE", help="Folder to write.")
+@click.option(
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    default="fp32",
+    show_default=True,
+    help="Type of weights and activations.",
+)
+@click.option("--opset", type=click.IntRange(18, 20), default=18, show_default=True)
+@click.option("--merged", type=_FILE, metavar="FILE", help="Also write one ONNX step graph with the adapter inside.")
+@click.option(
+    "--merged-scale", type=float, default=1.0, show_default=True, callback=_finite, help="IP-Adapter scale fixed in it."
+)
+@click.option("--default-steps", type=click.IntRange(1, 1000), help="Steps of a request that names none.")
+@click.option(
+    "--default-guidance-scale", type=float, callback=_finite, help="Guidance scale of a request that names none."
+)
+@click.option("--default-scale", type=float, callback=_finite, help="IP-Adapter scale of a request that names none.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+def onnx(
+    base: str,
+    adapters: tuple[str, ...],
+    image_encoder: str | None,
+    output: Path,
+    dtype: str,
+    opset: int,
+    merged: Path | None,
+    merged_scale: float,
+    default_steps: int | None,
+    default_guidance_scale: float | None,
+    default_scale: float | None,
+    force: bool,
+) -> None:
+    """Write a bundle: a folder of ONNX graphs that ipa-run needs, and nothing else."""
+    from ipa.export.publish import check_target
+
+    check_target(output, force)
+    from ipa.export.quiet import quiet_libraries
+
+    quiet_libraries()
+    from ipa.export.adapters import AdapterFile
+    from ipa.export.build import ExportRequest, export_bundle
+    from ipa.export.merged import MergedOptions
+    from ipa.export.progress import progress
+
+    defaults = {
+        "num_inference_steps": default_steps,
+        "guidance_scale": default_guidance_scale,
+        "ip_adapter_scale": default_scale,
+    }
+    request = ExportRequest(
+        base=base,
+        output=output,
+        image_encoder=image_encoder,
+        adapters=tuple(map(AdapterFile.parse, adapters)),
+        dtype=DTYPES[dtype],
+        opset=opset,
+        force=force,
+        merged=MergedOptions(merged, merged_scale) if merged else None,
+        defaults={name: value for name, value in defaults.items() if value is not None},
+    )
+    with progress("export", total=6 + len(adapters) + (merged is not None)) as show:
+        manifest = export_bundle(request, show)
+    size = sum(file.size for file in manifest.files()) / 2**20
+    click.echo(f"{output}: {size:.1f} MiB, adapters: {', '.join(manifest.adapters) or 'none'}")
+
+
+@main.command()
+@click.option("--bundle", required=True, type=_FOLDER, metavar="BUNDLE", help="Bundle to add to.")
+@click.option("--adapter", required=True, metavar="[NAME=]FILE", help="IP-Adapter file.")
+@click.option("--opset", type=click.IntRange(18, 20), default=18, show_default=True)
+@click.option("--default", "is_default", is_flag=True, help="Make it the bundle's default adapter.")
+@click.option("--force", is_flag=True, help="Replace an adapter of the same name.")
+def adapter(bundle: Path, adapter: str, opset: int, is_default: bool, force: bool) -> None:
+    """Add one adapter to a bundle; the other graphs stay as they are."""
+    from ipa.export.quiet import quiet_libraries
+
+    quiet_libraries()
+    from ipa.export.adapters import AdapterFile
+    from ipa.export.build import add_adapter
+    from ipa.export.progress import progress
+
+    file = AdapterFile.parse(adapter)
+    with progress("export", total=1) as show:
+        manifest = add_adapter(bundle, file, force, is_default, opset, show)
+    click.echo(f"{bundle}: adapters: {', '.join(manifest.adapters)} (default: {manifest.defaults.adapter})")

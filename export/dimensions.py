@@ -1,0 +1,36 @@
+"""The sizes of a base model, read from its configurations or from a bundle."""
+
+from __future__ import annotations
+
+from ipa.engines.manifest import Manifest
+from ipa.engines.spec import SPECS, Dimensions, KVLayout
+from ipa.export.pipeline import BasePipeline
+
+
+def base_dimensions(base: BasePipeline, layout: KVLayout) -> Dimensions:
+    """The sizes that a base model and its image encoder fix."""
+    image = base.image_config
+    return Dimensions(
+        text_tokens=base.text_tokens,
+        text_width=base.text_config["hidden_size"],
+        kv=layout.size,
+        image_size=image["image_size"],
+        image_embed_width=image["projection_dim"],
+        image_patches=(image["image_size"] // image["patch_size"]) ** 2 + 1,
+        image_hidden_width=image["hidden_size"],
+        latent_channels=base.vae_config.get("latent_channels", 4),
+        unet_in_channels=base.unet_config.get("in_channels", 4),
+    )
+
+
+def manifest_dimensions(manifest: Manifest) -> Dimensions:
+    """The sizes that the spec table names, as the components of a bundle have them."""
+    sizes: dict[str, int] = {}
+    for name, record in manifest.components.items():
+        generic, actual = SPECS[name], record.spec
+        pairs = zip((*generic.inputs, *generic.outputs), (*actual.inputs, *actual.outputs), strict=True)
+        for named, sized in pairs:
+            for axis, size in zip(named.axes, sized.axes, strict=True):
+                if isinstance(axis, str) and isinstance(size, int):
+                    sizes[axis] = size
+    return Dimensions(**sizes)

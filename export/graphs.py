@@ -1,0 +1,92 @@
+"""Each component of the bundle as a PyTorch module whose `forward` takes and gives the tensors of the spec table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from torch import Tensor, nn
+
+from ipa.engines.spec import SPECS, Dimensions
+from ipa.export.hoist import HoistedUNet, text_kv_linear
+from ipa.export.onnx_export import Graph
+from ipa.export.pipeline import BasePipeline
+from ipa.export.precision import to_half
+
+
+class TextEncoder(nn.Module):
+    """CLIP's last hidden state after the final layer norm, as SD1.5 uses it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """`encoder_hidden_states`."""
+        return cast(Tensor, self.model(input_ids).last_hidden_state)
+
+
+class ImageEncoder(nn.Module):
+    """CLIP's projected embedding, and the penultimate layer that plus adapters read."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """`image_embeds`, `hidden_states`."""
+        output = self.model(pixel_values, output_hidden_states=True)
+        return output.image_embeds, output.hidden_states[-2]
+
+
+class VaeDecoder(nn.Module):
+    """Latents, already divided by the scaling factor, to an image in [-1, 1]."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """`image`."""
+        hidden_states = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
+        return cast(Tensor, self.decoder(hidden_states))
+
+
+class VaeEncoder(nn.Module):
+    """An image in [-1, 1] to mean and logarithm of the variance of its latents, before the scaling factor."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """`latent_mean`, `latent_logvar`, the latter clamped to [-30, 20] as diffusers does."""
+        moments = self.encoder(image)
+        mean, logvar = (moments if self.quant_conv is None else self.quant_conv(moments)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+
+def component_modules(base: BasePipeline) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of all components in FP32, in the order of `ipa.engines.spec.COMPONENTS`, one part loaded at a time.
+
+    Use each before asking for the next: `unet` takes over the model that `text_kv` was read from.
+    """
+    yield "text_encoder", TextEncoder(base.load_text_encoder())
+    unet = base.load_unet()
+    yield "text_kv", text_kv_linear(unet)
+    yield "unet", HoistedUNet(unet)
+    del unet
+    yield "image_encoder", ImageEncoder(base.load_image_encoder())
+    vae = base.load_vae()
+    yield "vae_decoder", VaeDecoder(vae)
+    yield "vae_encoder", VaeEncoder(vae)
+
+
+def typed_graph(name: str, module: nn.Module, dimensions: Dimensions, dtype: str) -> Graph:
+    """A component ready for export.
+
+    Args:
+        dtype: `float32` or `float16`; the latter converts `module` in place.
+    """
+    spec = SPECS[name].resolved(dimensions.sizes(), dtype)
+    return Graph(name, to_half(module) if dtype == "float16" else module, spec)

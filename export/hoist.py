@@ -1,0 +1,148 @@
+"""Taking keys and values of cross-attention out of the UNet.
+
+They depend on the text and on the reference image, never on the timestep or the latents. So the UNet that is
+exported receives them packed (`ipa.engines.spec.KVLayout`), and its own `to_k`/`to_v` become the `text_kv` graph.
+Source: arXiv:2308.06721, formula (5), for the sum of the two attentions before `to_out`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from ipa.engines.errors import IpaError
+from ipa.engines.spec import KVLayer, KVLayout
+
+KeysValues = tuple[Tensor, ...]  # K_0, V_0, K_1, V_1, ... each (batch, tokens, width)
+
+
+def cross_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
+    """Cross-attention layers by module path, in the order of an adapter file's keys.
+
+    Module registration order: down blocks, up blocks, mid block last.
+    """
+    parts = ("down_blocks.", "up_blocks.", "mid_block.")
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if name.startswith(parts) and name.endswith(".attn2") and isinstance(module, Attention)
+    }
+
+
+def kv_layout(unet: UNet2DConditionModel) -> KVLayout:
+    """Which layer lies where in the packed keys and values."""
+    layers = cross_attentions(unet)
+    return KVLayout(tuple(KVLayer(name, attention.inner_kv_dim) for name, attention in layers.items()))
+
+
+def config_kv_layout(unet_config: Mapping[str, Any]) -> KVLayout:
+    """The layout of a UNet that is not loaded."""
+    with torch.device("meta"):
+        return kv_layout(UNet2DConditionModel.from_config(dict(unet_config)))
+
+
+def split_kv(packed: Tensor, layout: KVLayout) -> KeysValues:
+    """Keys and values of all layers; one `Split` in the graph.
+
+    Args:
+        packed: (batch, tokens, kv).
+    """
+    widths = [width for width in layout.widths for _ in ("key", "value")]
+    return torch.split(packed, widths, dim=-1)
+
+
+def packed_linear(weights: Sequence[Tensor]) -> nn.Linear:
+    """One bias-free projection that makes the keys and values of all layers at once.
+
+    Args:
+        weights: K_0, V_0, K_1, V_1, ... each (width, features).
+    """
+    packed = torch.cat([weight.detach() for weight in weights])
+    linear = nn.Linear(packed.shape[1], packed.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(packed, requires_grad=False)
+    return linear
+
+
+def text_kv_linear(unet: UNet2DConditionModel) -> nn.Linear:
+    """The UNet's own `to_k`/`to_v` of every cross-attention layer, packed."""
+    weights: list[Tensor] = []
+    for name, attention in cross_attentions(unet).items():
+        for linear in (attention.to_k, attention.to_v):
+            if linear.bias is not None:
+                raise IpaError(f"unet: {name} has biases on its keys or values, which no Stable Diffusion model has")
+            weights.append(linear.weight)
+    return packed_linear(weights)
+
+
+class HoistedAttention:
+    """Attention processor of the exported UNet, for self- and cross-attention layers.
+
+    A self-attention layer projects its own keys and values. A cross-attention layer gets them ready-made:
+    `encoder_hidden_states` is then the pair (keys and values of the text, those of the image prompt).
+    """
+
+    def __init__(self, index: int | None) -> None:
+        """Make a processor for cross-attention layer `index` of the layout; `None`: self-attention."""
+        self._index = index
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: tuple[KeysValues, KeysValues] | None = None,
+        attention_mask: None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; (batch, positions, channels) in and out."""
+        query = attn.to_q(hidden_states)
+        if self._index is None or encoder_hidden_states is None:
+            result = _attend(attn, query, attn.to_k(hidden_states), attn.to_v(hidden_states))
+        else:
+            text, image = encoder_hidden_states
+            key, value = 2 * self._index, 2 * self._index + 1
+            result = _attend(attn, query, text[key], text[value]) + _attend(attn, query, image[key], image[value])
+        return cast(Tensor, attn.to_out[1](attn.to_out[0](result)))
+
+
+def _attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(query key^T / sqrt(head size)) value, heads split and joined; scores in float32 where the model asks.
+
+    Written out as MatMul, Softmax, MatMul: the pattern that engines fuse, with sizes of heads as constants.
+    """
+    dtype, head_size = query.dtype, query.shape[-1] // attn.heads
+    query, key, value = (
+        x.reshape(x.shape[0], -1, attn.heads, head_size).transpose(1, 2) for x in (query * attn.scale, key, value)
+    )
+    if attn.upcast_attention:
+        query, key, value = query.float(), key.float(), value.float()
+    scores = (query @ key.transpose(-1, -2)).softmax(dim=-1)
+    return (scores @ value).transpose(1, 2).flatten(2).to(dtype)
+
+
+class HoistedUNet(nn.Module):
+    """The UNet as it is exported: latents and packed keys and values in, predicted noise out."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        """Take over `unet`: its attention processors are replaced and its cross-attention `to_k`/`to_v` dropped.
+
+        Call `text_kv_linear` first.
+        """
+        super().__init__()
+        self.layout = kv_layout(unet)
+        for module in unet.modules():
+            if isinstance(module, Attention):
+                module.set_processor(HoistedAttention(None))
+        for index, attention in enumerate(cross_attentions(unet).values()):
+            attention.set_processor(HoistedAttention(index))
+            attention.to_k = attention.to_v = None
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, text_kv: Tensor, image_kv: Tensor) -> Tensor:
+        """Predict the noise; see the spec table for shapes."""
+        keys_values = split_kv(text_kv, self.layout), split_kv(image_kv, self.layout)
+        return cast(Tensor, self.unet(sample, timestep, keys_values, return_dict=False)[0])

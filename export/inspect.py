@@ -1,0 +1,73 @@
+"""What a bundle holds, for people and for programs. Needs neither torch nor onnx."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from ipa.engines.bundle import Bundle
+from ipa.engines.manifest import ComponentRecord, FileRecord, Manifest
+
+
+def as_json(bundle: Bundle) -> str:
+    """The manifest, with the bundle's path and size."""
+    manifest = bundle.manifest
+    record: dict[str, Any] = {"path": str(bundle.root), "size": _size(manifest.files()), **asdict(manifest)}
+    return json.dumps(record, indent=1)
+
+
+def as_text(bundle: Bundle) -> str:
+    """A page to read."""
+    return "\n".join(_lines(bundle))
+
+
+def _lines(bundle: Bundle) -> Iterator[str]:
+    manifest = bundle.manifest
+    layers = manifest.kv_layout.layers
+    yield f"{bundle.root}: {manifest.family}, {_mebibytes(_size(manifest.files()))}, files and hashes verified"
+    yield f"made with {', '.join(f'{name} {version}' for name, version in manifest.created_by.items())}"
+    yield f"keys and values: {len(layers)} cross-attention layers, {manifest.kv_layout.size} wide"
+    yield ""
+    for name, component in manifest.components.items():
+        yield from _component(name, component)
+    for name, adapter in manifest.adapters.items():
+        is_default = name == manifest.defaults.adapter
+        yield from _component(f"ip_adapter/{name}", adapter.component)
+        yield (
+            f"    {adapter.kind}, {adapter.tokens} tokens per image, reads {adapter.feature}, "
+            f"made of {adapter.source_sha256[:16]}{', default' if is_default else ''}"
+        )
+    if not manifest.adapters:
+        yield "no adapters; add one with `ipa-export adapter`"
+    yield ""
+    defaults = {name: value for name, value in asdict(manifest.defaults).items() if value != ""}
+    yield f"defaults: {', '.join(f'{name} {value}' for name, value in defaults.items())}"
+    yield from _validation(manifest)
+
+
+def _component(name: str, component: ComponentRecord) -> Iterator[str]:
+    graph = component.files[0]
+    yield f"{name}  {component.dtype}  {_mebibytes(_size(component.files))}  sha256 {graph.sha256[:16]}"
+    for arrow, tensors in (("<-", component.spec.inputs), ("->", component.spec.outputs)):
+        for tensor in tensors:
+            yield f"    {arrow} {tensor.name} {tensor}"
+
+
+def _validation(manifest: Manifest) -> Iterator[str]:
+    if not manifest.validation:
+        yield "validation: none yet; run `ipa-export validate`"
+        return
+    checks = manifest.validation.get("checks", [])
+    failed = [check["name"] for check in checks if not check["passed"]]
+    yield f"validation: {len(checks) - len(failed)} of {len(checks)} checks passed"
+    yield from (f"    failed: {name}" for name in failed)
+
+
+def _size(files: tuple[FileRecord, ...]) -> int:
+    return sum(file.size for file in files)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
