@@ -126,6 +126,34 @@ def test_missing_options_and_commands(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "No such command" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--images", "0"], "'--images'"),
+        (["--minutes", "nan"], "--minutes is nan"),
+        (["--stage", "nonsense"], "no stage is called 'nonsense'"),
+        (["--stage", "adapter"], "run the stage 'pipeline' first"),
+    ],
+)
+def test_demo_mistakes(
+    argv: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["demo", "--output", str(tmp_path / "demo"), *argv], monkeypatch) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("ipa-train: ") and message in error
+
+
+def test_demo_options_are_those_of_its_configuration() -> None:
+    from ipa.trainer.demo.chain import DemoConfig
+
+    names = {parameter.name for parameter in cli.demo.params} - {"output", "stages"}
+    assert names == set(DemoConfig.__dataclass_fields__)
+
+
 def test_help_is_complete_and_imports_nothing_heavy() -> None:
     script = (
         "import sys; sys.argv = ['ipa-train', 'adapter', '--help']\n"

@@ -5,6 +5,7 @@ Arguments are parsed before torch is imported, so that help and mistakes come at
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -68,6 +69,39 @@ def adapter(**given: Any) -> None:
         click.echo(f"{result.safetensors}\n{result.bin}")
 
 
+COUNT = click.IntRange(min=1)
+
+
+@cli.command()
+@click.option("--output", required=True, type=FILE, help="Folder for the pipeline, the adapter and the judge.")
+@click.option("--stage", "stages", multiple=True, help="Only this stage; may be repeated. [default: all]")
+@click.option("--images", type=COUNT, help="Training images to draw.")
+@click.option("--judge-images", type=COUNT, help="Images to draw for the shape judge.")
+@click.option("--adapter-pairs", type=COUNT, help="Pairs of target and reference to draw for the adapter.")
+@click.option("--vae-steps", type=COUNT)
+@click.option("--clip-steps", type=COUNT)
+@click.option("--unet-steps", type=COUNT)
+@click.option("--decoder-steps", type=COUNT)
+@click.option("--adapter-steps", type=COUNT)
+@click.option("--judge-steps", type=COUNT)
+@click.option("--evaluation-pairs", type=COUNT, help="Held-out pairs that the last stage judges.")
+@click.option("--minutes", type=float, help="Shorten the stages to fit into about this time. [default: full length]")
+@click.option("--workers", type=COUNT, help="Processes that draw and train.")
+@click.option("--seed", type=click.IntRange(min=0))
+def demo(output: Path, stages: tuple[str, ...], **given: Any) -> None:
+    """Train the demo model from scratch: draw its data, train every part; hours on two CPU cores.
+
+    A finished stage is kept and an interrupted one goes on: run the same command again.
+    """
+    if given["minutes"] is not None and not 0 < given["minutes"] < math.inf:
+        raise TrainError(f"--minutes is {given['minutes']}, expected a number above 0")
+    from ipa.trainer.demo.chain import STAGES, DemoConfig, train
+
+    config = DemoConfig(**{name: value for name, value in given.items() if value is not None})
+    folder = train(output, config, stages or STAGES)
+    click.echo(f"{folder.pipeline}\n{folder.adapter}\n{folder.judge}")
+
+
 def _show_defaults(command: click.Command) -> None:
     """Complete the help of options that have their default in ``AdapterOptions``, so that it is stated once."""
     for option in command.params:
@@ -82,6 +116,7 @@ _show_defaults(adapter)
 
 def main() -> None:
     """Entry point: exit code 2 and one message for what the user can put right, 128 + signal when stopped."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when the library is imported
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -94,7 +129,7 @@ def main() -> None:
     except TrainStoppedError as error:
         _fail(str(error), 128 + error.signum)
     except (KeyboardInterrupt, click.Abort):
-        _fail("stopped before the first step", 128 + signal.SIGINT)
+        _fail("stopped; run the same command again to go on from where it was saved last", 128 + signal.SIGINT)
 
 
 def _fail(message: str, code: int) -> None:
