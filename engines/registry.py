@@ -23,16 +23,23 @@ _OPENERS: dict[str, Opener] = {"onnxruntime": _open_onnxruntime}
 ENGINE_NAMES = ("auto", *_OPENERS)
 
 
-def open_engine(name: str, component: str, spec: ComponentSpec, path: Path) -> Engine:
-    """Open one component's graph in the named back-end.
+def resolve_engine(name: str) -> str:
+    """The back-end that a name stands for: `auto` is the fastest one that this machine can run.
 
-    Args:
-        name: one of `ENGINE_NAMES`; `auto` is the fastest back-end this machine can run.
     Raises:
-        EngineError: the back-end is unknown or not installed, or it cannot load the graph.
+        EngineError: the back-end is unknown or not installed.
     """
     if name not in ENGINE_NAMES:
         raise EngineError(f"unknown engine '{name}', expected one of {', '.join(ENGINE_NAMES)}")
     if find_spec("onnxruntime") is None:
         raise EngineError("the engine 'onnxruntime' is not installed: run `pip install 'ipa-runtime[onnxruntime]'`")
-    return _OPENERS["onnxruntime" if name == "auto" else name](component, spec, path)
+    return "onnxruntime" if name == "auto" else name
+
+
+def open_engine(name: str, component: str, spec: ComponentSpec, path: Path) -> Engine:
+    """Open one component's graph in a back-end, one of `ENGINE_NAMES`.
+
+    Raises:
+        EngineError: the back-end is unknown or not installed, or it cannot load the graph.
+    """
+    return _OPENERS[resolve_engine(name)](component, spec, path)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -45,7 +46,7 @@ class ExportRequest:
     opset: int = 18
     force: bool = False
     merged: MergedOptions | None = None
-    defaults: Mapping[str, int | float] = field(default_factory=dict)  # fields of `Defaults` that differ
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # fields of `Defaults` that differ
 
 
 def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manifest:
@@ -201,7 +202,7 @@ def _write_scheduler(root: Path, base: BasePipeline) -> FileRecord:
 def _refuse_overwriting_sources(request: ExportRequest) -> None:
     """Nothing that is read may lie in the folder that is replaced."""
     output = request.output.resolve()
-    sources = [request.base, request.image_encoder, *(file.path for file in request.adapters)]
-    for source in filter(None, sources):
-        if Path(source).exists() and Path(source).resolve().is_relative_to(output):
+    sources = [request.base, request.image_encoder or request.base, *(file.path for file in request.adapters)]
+    for source in map(Path, sources):
+        if source.exists() and source.resolve().is_relative_to(output):
             raise BundleError(f"--output {request.output} would replace {source}, which is read; choose another folder")

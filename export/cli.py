@@ -131,3 +131,41 @@ def adapter(bundle: Path, adapter: str, opset: int, is_default: bool, force: boo
     with progress("export", total=1) as show:
         manifest = add_adapter(bundle, file, force, is_default, opset, show)
     click.echo(f"{bundle}: adapters: {', '.join(manifest.adapters)} (default: {manifest.defaults.adapter})")
+
+
+@main.command()
+@click.option("--bundle", required=True, type=_FOLDER, metavar="BUNDLE", help="Bundle to validate.")
+@click.option("--base", required=True, metavar="DIR_OR_ID", help="Pipeline that it was made of.")
+@click.option("--adapter", "adapters", multiple=True, metavar="[NAME=]FILE", help="Adapter that is in it.")
+@click.option("--image-encoder", metavar="DIR_OR_ID", help="CLIP vision model; default: the pipeline's own.")
+def validate(bundle: Path, base: str, adapters: tuple[str, ...], image_encoder: str | None) -> None:
+    """Compare every component and the whole step with PyTorch; write the figures into the bundle."""
+    from ipa.export.quiet import quiet_libraries
+
+    quiet_libraries()
+    from ipa.export.adapters import AdapterFile
+    from ipa.export.progress import progress
+    from ipa.export.validate import Validator, record
+
+    validator = Validator(bundle, base, image_encoder, tuple(map(AdapterFile.parse, adapters)))
+    with progress("validate", total=7 + len(adapters)) as show:
+        checks = list(validator.run(show))
+    for check in checks:
+        click.echo(check)
+    record(bundle, checks, validator.bundle.manifest)
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        click.echo(f"ipa-export: {bundle} differs from its models in: {'; '.join(failed)}", err=True)
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("bundle", type=_FOLDER)
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def inspect(bundle: Path, form: str) -> None:
+    """Show what a bundle holds: components, sizes, adapters, hashes, what wrote it."""
+    from ipa.engines.bundle import Bundle
+    from ipa.export.inspect import as_json, as_text
+
+    opened = Bundle.open(bundle)
+    click.echo(as_json(opened) if form == "json" else as_text(opened))

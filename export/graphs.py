@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ class ImageEncoder(nn.Module):
 class VaeDecoder(nn.Module):
     """Latents, already divided by the scaling factor, to an image in [-1, 1]."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
@@ -55,7 +55,7 @@ class VaeDecoder(nn.Module):
 class VaeEncoder(nn.Module):
     """An image in [-1, 1] to mean and logarithm of the variance of its latents, before the scaling factor."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
 

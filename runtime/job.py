@@ -111,7 +111,7 @@ class Job:
             finally:
                 if bar is not None:
                     bar.close()
-            origin = self._origin(pipeline.manifest)
+            origin, engine = self._origin(pipeline.manifest), pipeline.engine
         assert result.request.seed is not None
         paths = output_paths(self.output, len(result.images), result.request.seed)
         for index, (image, path) in enumerate(zip(result.images, paths, strict=True)):
@@ -120,7 +120,7 @@ class Job:
                 only = index if result.request.only is None and len(paths) > 1 else result.request.only
                 info = pnginfo({**request_record(replace(result.request, only=only)), **origin})
             write_png(image, path, info)
-        return Report(paths, result, self.engine, str(self.bundle or "demo"), [*self.warnings, *result.warnings])
+        return Report(paths, result, engine, str(self.bundle or "demo"), [*self.warnings, *result.warnings])
 
     def _origin(self, manifest: Manifest) -> dict[str, Any]:
         """What else decided the pictures: the models, by hash, and the image's content."""

@@ -18,6 +18,7 @@ from PIL import Image
 from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Engine
 from ipa.engines.errors import BundleError
+from ipa.engines.registry import resolve_engine
 from ipa.runtime.conditioning import guidance_batch, no_image_kv, scale_values
 from ipa.runtime.denoise import Step, denoise
 from ipa.runtime.images import open_image, preprocess, to_images
@@ -60,7 +61,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, engine: str = "auto") -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self._engine_name = engine
+        self.engine = resolve_engine(engine)
         self._stack = ExitStack()
         self._engines: dict[str, Engine] = {}
         self._tokenizer = Tokenizer.open(bundle.file(self.manifest.tokenizer), self.manifest.text_tokens)
@@ -143,7 +144,7 @@ class Pipeline:
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
-            self._engines[name] = self._stack.enter_context(self.bundle.open_component(name, self._engine_name))
+            self._engines[name] = self._stack.enter_context(self.bundle.open_component(name, self.engine))
         return self._engines[name]
 
     def _resolved(self, request: Request) -> tuple[Request, Schedule]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -174,6 +175,28 @@ def test_encoding_live_or_once_is_the_same(options: AdapterOptions, tmp_path: Pa
     train_adapter(replace(options, cache_latents=False, num_workers=1, output=tmp_path / "live"))
     # the encoders see other batch sizes: float32 rounding, grown over four steps
     np.testing.assert_allclose(losses(tmp_path / "live"), losses(options.output), rtol=1e-4)
+
+
+def test_half_precision_encoders_learn_nearly_the_same(options: AdapterOptions, tmp_path: Path) -> None:
+    train_adapter(replace(options, steps=2))
+    train_adapter(replace(options, steps=2, mixed_precision="bf16", output=tmp_path / "bf16"))
+    full, half = losses(options.output), losses(tmp_path / "bf16")
+    assert half != full
+    np.testing.assert_allclose(half, full, rtol=0.02)  # bfloat16 keeps 8 bits: 0.4 % a number
+
+
+def test_a_full_disk_is_one_message(options: AdapterOptions) -> None:
+    """The limit on file sizes stands in for the disk: both libraries fail while they write."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (300_000, 500_000):  # within the adapter's file, within the optimizer's
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(TrainError, match=r"step 2 could not be saved.*the disk may be full.*run the same"):
+                train_adapter(options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    train_adapter(options)
+    assert len(losses(options.output)) == 4
 
 
 def test_init_adapter_and_num_tokens(

@@ -105,7 +105,7 @@ class TrainState:
                 save_file(cpu_copies(self.average.weights), folder / "average.safetensors")
             torch.save(progress, folder / "optimizer.pt")
         except (RuntimeError, SafetensorError) as error:  # how these two libraries report a full disk
-            raise OSError(str(error)) from error
+            raise OSError("a file could not be written to its end, the disk may be full") from error
         record = {"step": self.step, "identity": self.identity}
         (folder / "state.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
 

@@ -75,7 +75,10 @@ def save_adapter(state: StateDict, folder: Path) -> tuple[Path, Path]:
         with atomic_path(nested) as partial:
             torch.save(_nest(state), partial)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise TrainError(f"the adapter could not be written to {folder}: {error}") from error
+        raise TrainError(
+            f"the adapter could not be written to {folder}, the disk may be full; "
+            "make room and run the same command again"
+        ) from error
     return flat, nested
 
 
