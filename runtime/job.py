@@ -60,6 +60,7 @@ class Job:
     engine: str
     output: Path
     warnings: tuple[str, ...] = ()
+    unet_sha256: str | None = None  # of the UNet that made the picture this job makes again
 
     @classmethod
     def plan(
@@ -81,15 +82,20 @@ class Job:
         request = Request(**{**fields, **given})
         if not request.prompt and request.image is None:
             raise RequestError("nothing to draw from: give --prompt, --image or both")
-        if bundle is None:
-            bundle = recorded.get("bundle")
         warnings = []
-        digest = recorded.get("image_sha256")
-        if "image" not in given and digest is not None and _image_hash(request) not in (digest, None):
+        if "image_sha256" in recorded and "image" not in given and _image_hash(request) != recorded["image_sha256"]:
             warnings.append(f"{request.image} is not the image that {source} was made with; the result will differ")
+        folder = bundle if bundle is not None else recorded.get("bundle")
         target = Path(output) if output is not None else Path()
         check_writable(target)
-        return cls(request, None if bundle is None else Path(bundle), engine, target, tuple(warnings))
+        return cls(
+            request,
+            None if folder is None else Path(str(folder)),
+            engine,
+            target,
+            tuple(warnings),
+            recorded.get("unet_sha256") if bundle is None else None,
+        )
 
     def run(self, *, has_metadata: bool, show: Callable[[int], Any]) -> Report:
         """Make the pictures and write them.
@@ -112,6 +118,9 @@ class Job:
                 if bar is not None:
                     bar.close()
             origin, engine = self._origin(pipeline.manifest), pipeline.engine
+        warnings = [*self.warnings, *result.warnings]
+        if self.unet_sha256 not in (None, origin["unet_sha256"]):
+            warnings.append("the bundle's UNet is not the one that made the picture; the result will differ")
         assert result.request.seed is not None
         paths = output_paths(self.output, len(result.images), result.request.seed)
         for index, (image, path) in enumerate(zip(result.images, paths, strict=True)):
@@ -120,7 +129,7 @@ class Job:
                 only = index if result.request.only is None and len(paths) > 1 else result.request.only
                 info = pnginfo({**request_record(replace(result.request, only=only)), **origin})
             write_png(image, path, info)
-        return Report(paths, result, engine, str(self.bundle or "demo"), [*self.warnings, *result.warnings])
+        return Report(paths, result, engine, str(self.bundle or "demo"), warnings)
 
     def _origin(self, manifest: Manifest) -> dict[str, Any]:
         """What else decided the pictures: the models, by hash, and the image's content."""

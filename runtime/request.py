@@ -58,6 +58,11 @@ class Request:
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(f"{name} is {getattr(self, name)!r}, expected text")
+        if not isinstance(self.image, Image.Image | Path | str | None):
+            raise RequestError(f"image is {self.image!r}, expected a file's path or a PIL image")
+        for name in ("adapter", "scheduler"):
+            if not isinstance(getattr(self, name), str | None):
+                raise RequestError(f"{name} is {getattr(self, name)!r}, expected a name")
         _check_int("num_inference_steps (--steps)", self.num_inference_steps, 1, MAX_STEPS)
         _check_int("seed", self.seed, 0, SEED_LIMIT - 1)
         _check_int("num_images", self.num_images, 1, MAX_IMAGES)
