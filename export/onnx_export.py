@@ -7,6 +7,7 @@ and not 20 s. All that depends on the choice is in this file.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def _trace(graph: Graph, folder: Path, opset: int) -> Any:
             torch.onnx.export(
                 graph.module.eval(),
                 tuple(map(example, graph.spec.inputs)),
-                file,
+                os.fspath(file),  # a `Path` is taken for a buffer, which ends at 2 GiB
                 dynamo=False,
                 opset_version=opset,
                 input_names=[tensor.name for tensor in graph.spec.inputs],
