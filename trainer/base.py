@@ -21,7 +21,7 @@ class BaseModel:
 
     Attributes:
         unet: ``UNet2DConditionModel``, float32.
-        vae, text_encoder, image_encoder: encoders in ``dtype``.
+        vae, text_encoder, image_encoder: encoders, in the precision that ``freeze`` gave them.
         tokenizer: of the text encoder.
         image_processor: from a PIL image to the image encoder's ``pixel_values``.
         noise_scheduler: ``DDPMScheduler`` with the base's own configuration.
@@ -114,7 +114,7 @@ def load_base(base: str, image_encoder: str) -> BaseModel:
 
 
 def _image_processor(image_encoder: str, image_size: int) -> Any:
-    """The encoder's own preprocessing where it ships one, else CLIP's at the encoder's size, as diffusers does."""
+    """A local encoder's own preprocessing where it has one, else CLIP's at the encoder's size, as diffusers does."""
     from transformers import CLIPImageProcessorPil
 
     if (Path(image_encoder) / "preprocessor_config.json").is_file():
