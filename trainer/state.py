@@ -25,7 +25,6 @@ from ipa.trainer.weights import StateDict, cpu_copies
 # Options that do not change what a step computes: a resumed run may set them anew.
 FREE_OPTIONS = {"base", "image_encoder", "data", "image_root", "output", "init_adapter", "num_workers"}
 FREE_OPTIONS |= {"checkpoint_every", "keep_checkpoints", "resume", "log_every"}
-)
 
 
 @dataclass
