@@ -202,7 +202,7 @@ def _write_scheduler(root: Path, base: BasePipeline) -> FileRecord:
 def _refuse_overwriting_sources(request: ExportRequest) -> None:
     """Nothing that is read may lie in the folder that is replaced."""
     output = request.output.resolve()
-    sources = [request.base, request.image_encoder or request.base, *(file.path for file in request.adapters)]
+    sources: list[str | Path] = [request.base, request.image_encoder or request.base, *(file.path for file in request.adapters)]
     for source in map(Path, sources):
         if source.exists() and source.resolve().is_relative_to(output):
             raise BundleError(f"--output {request.output} would replace {source}, which is read; choose another folder")

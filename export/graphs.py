@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, cast
 
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from ipa.engines.spec import SPECS, Dimensions
@@ -71,15 +72,22 @@ def component_modules(base: BasePipeline) -> Iterator[tuple[str, nn.Module]]:
 
     Use each before asking for the next: `unet` takes over the model that `text_kv` was read from.
     """
-    yield "text_encoder", TextEncoder(base.load_text_encoder())
+    yield "text_encoder", TextEncoder(_plain_attention(base.load_text_encoder()))
     unet = base.load_unet()
     yield "text_kv", text_kv_linear(unet)
     yield "unet", HoistedUNet(unet)
     del unet
-    yield "image_encoder", ImageEncoder(base.load_image_encoder())
+    yield "image_encoder", ImageEncoder(_plain_attention(base.load_image_encoder()))
     vae = base.load_vae()
+    vae.set_attn_processor(AttnProcessor())
     yield "vae_decoder", VaeDecoder(vae)
     yield "vae_encoder", VaeEncoder(vae)
+
+
+def _plain_attention(model: Any) -> Any:
+    """Attention as MatMul, Softmax, MatMul: traced through PyTorch's fused function, FP16 models turn to float32."""
+    model.set_attn_implementation("eager")
+    return model
 
 
 def typed_graph(name: str, module: nn.Module, dimensions: Dimensions, dtype: str) -> Graph:

@@ -1,0 +1,89 @@
+"""Inputs to validate components on: random ones of many sizes, and extreme ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ipa.engines.engine import Array
+from ipa.engines.manifest import Manifest
+from ipa.engines.spec import ComponentSpec, TensorSpec
+
+# batch, tokens, latent_height, latent_width: multiples of 8 and others, the smallest picture (64 x 64 pixels) too
+_SIZES = ((1, 4, 8, 8), (2, 1, 16, 16), (3, 16, 9, 25), (2, 5, 24, 16))
+_TIMESTEPS = (0, 999, 500, 1)
+# How far real inputs go, as a factor on unit variance: latents of a VAE whose scaling factor is 0.18 have a deviation
+# of 5; CLIP's hidden states have outliers of about 30.
+_EXTREMES = {"latents": 8.0, "encoder_hidden_states": 10.0, "image_embeds": 10.0, "sample": 8.0}
+_PICTURES = ("image", "pixel_values")
+
+
+def cases(spec: ComponentSpec, downscale: int, vocabulary: int) -> Iterator[tuple[str, dict[str, Array]]]:
+    """Named input sets for one component.
+
+    Args:
+        spec: of the component, with its sizes.
+        downscale: pixels per latent.
+        vocabulary: number of token ids.
+    """
+    for seed, (batch, tokens, height, width) in enumerate(_SIZES):
+        sizes = {
+            "batch": batch,
+            "tokens": tokens,
+            "latent_height": height,
+            "latent_width": width,
+            "height": height * downscale,
+            "width": width * downscale,
+        }
+        random = np.random.default_rng(seed)
+        inputs = {tensor.name: _draw(tensor, sizes, random, seed, vocabulary) for tensor in spec.inputs}
+        yield f"batch {batch}, {height}x{width}", inputs
+        for name, change in _extremes(inputs, vocabulary).items():
+            yield name, {**inputs, **change}
+
+
+def _draw(
+    tensor: TensorSpec, sizes: Mapping[str, int], random: np.random.Generator, seed: int, vocabulary: int
+) -> Array:
+    shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.axes]
+    if tensor.name == "timestep":
+        return np.asarray(_TIMESTEPS[seed % len(_TIMESTEPS)], tensor.dtype)
+    if tensor.dtype == "int64":
+        return random.integers(0, vocabulary, shape)
+    if tensor.name in _PICTURES:
+        return random.uniform(-1, 1, shape).astype(tensor.dtype)
+    return random.standard_normal(shape).astype(tensor.dtype)
+
+
+def _extremes(inputs: Mapping[str, Array], vocabulary: int) -> dict[str, dict[str, Array]]:
+    """Names and replaced inputs.
+
+    No flat picture: where all values of a group are equal, its norm divides rounding errors by their own size.
+    """
+    found: dict[str, dict[str, Array]] = {}
+    for name, array in inputs.items():
+        if name == "input_ids":
+            found["first token only"] = {name: np.zeros_like(array)}
+            found["last token only"] = {name: np.full_like(array, vocabulary - 1)}
+        elif name in _PICTURES:
+            halves = np.ones_like(array)
+            halves[..., : array.shape[-1] // 2] = -1
+            found["black and white halves"] = {name: halves}
+        elif name in _EXTREMES:
+            found[f"{name} x {_EXTREMES[name]:g}"] = {name: (array * _EXTREMES[name]).astype(array.dtype)}
+        if name == "image_embeds":  # the negative half of a guidance batch
+            found["zeros"] = {name: np.zeros_like(array)}
+    return found
+
+
+def step_inputs(manifest: Manifest) -> Iterator[tuple[str, dict[str, Array]]]:
+    """Named inputs of a whole step: latents, timestep, text and image features."""
+    tensors = {tensor.name: tensor for record in manifest.components.values() for tensor in record.spec.inputs}
+    tensors |= {tensor.name: tensor for tensor in manifest.components["image_encoder"].spec.outputs}
+    names = ("sample", "timestep", "encoder_hidden_states", "image_embeds")
+    for seed, (batch, tokens, height, width) in enumerate(_SIZES):
+        sizes = {"batch": batch, "tokens": tokens, "latent_height": height, "latent_width": width}
+        random = np.random.default_rng(seed)
+        inputs = {name: _draw(tensors[name], sizes, random, seed, 1) for name in names}
+        yield f"batch {batch}, {height}x{width}, timestep {inputs['timestep']:g}", inputs

@@ -1,0 +1,201 @@
+"""Proof that a bundle's graphs compute what the PyTorch models do, on onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ipa.engines.bundle import Bundle, hash_file
+from ipa.engines.engine import Array, Engine
+from ipa.engines.errors import EngineError, IpaError
+from ipa.engines.manifest import Manifest
+from ipa.engines.spec import KVLayout
+from ipa.export.adapters import AdapterFile, AdapterWeights, BaseAdapter, read_adapter
+from ipa.export.cases import cases, step_inputs
+from ipa.export.checks import TOLERANCES, Check, agreement, change, failure, worst
+from ipa.export.dimensions import manifest_dimensions
+from ipa.export.graphs import component_modules
+from ipa.export.oracle import DiffusersStep
+from ipa.export.pipeline import BasePipeline
+from ipa.export.progress import Progress, silent
+from ipa.export.publish import locked_bundle, update_manifest
+from ipa.export.versions import created_by
+
+_ENGINE = "onnxruntime"
+_SCALES = (1.0, 0.6, 1.3)
+
+
+class Validator:
+    """Compares one bundle with the models it was made of."""
+
+    def __init__(self, root: Path, base: str, image_encoder: str | None, adapters: Sequence[AdapterFile]) -> None:
+        """Open the bundle and read the adapter files.
+
+        Raises:
+            IpaError: the bundle is damaged, or base model or adapters are not the kind of the bundle's.
+        """
+        self.bundle = Bundle.open(root)
+        self.base = BasePipeline(base, image_encoder)
+        manifest = self.bundle.manifest
+        dimensions = manifest_dimensions(manifest)
+        self._adapters = {
+            _bundle_name(self.bundle, file): read_adapter(file.path, manifest.kv_layout, dimensions)
+            for file in adapters
+        }
+        self._tolerance = TOLERANCES[manifest.components["unet"].dtype]
+        self._vocabulary = int(self.base.text_config["vocab_size"])
+
+    def run(self, progress: Progress = silent) -> Iterator[Check]:
+        """All checks: every component, then the whole step."""
+        for name, module in component_modules(self.base):
+            progress(name)
+            with self.bundle.open_component(name, _ENGINE) as engine:
+                yield self._component(name, engine, module)
+        for name, weights in self._adapters.items():
+            progress(f"ip_adapter/{name}")
+            with self.bundle.open_component(f"ip_adapter/{name}", _ENGINE) as engine:
+                yield self._component(f"ip_adapter/{name}", engine, BaseAdapter(weights))
+        progress("step")
+        yield from self._steps()
+
+    def _component(self, name: str, engine: Engine, module: nn.Module) -> Check:
+        module.eval()
+        checks = []
+        for case, inputs in cases(engine.spec, self.bundle.manifest.vae.downscale, self._vocabulary):
+            with torch.no_grad():
+                result = module(*(_tensor(inputs[tensor.name]) for tensor in engine.spec.inputs))
+            outputs = result if isinstance(result, tuple) else (result,)
+            names = [tensor.name for tensor in engine.spec.outputs]
+            expected = {output: value.numpy() for output, value in zip(names, outputs, strict=True)}
+            try:
+                checks.append(agreement(name, case, engine(**inputs), expected, self._tolerance))
+            except EngineError as error:
+                return failure(name, f"{case}: {error}", self._tolerance)
+        return worst(checks)
+
+    def _steps(self) -> Iterator[Check]:
+        chain = _Chain(self.bundle)
+        with chain.text_kv, chain.unet:
+            try:
+                base_model = DiffusersStep(self.base.load_unet(), None)
+                pairs = [
+                    agreement(
+                        "step, no adapter", case, {"": chain(inputs)}, {"": base_model(inputs, 0.0)}, self._tolerance
+                    )
+                    for case, inputs in step_inputs(self.bundle.manifest)
+                ]
+                yield worst(pairs)
+            except EngineError as error:
+                yield failure("step, no adapter", str(error), self._tolerance)
+                return
+            for name, weights in self._adapters.items():
+                with self.bundle.open_component(f"ip_adapter/{name}", _ENGINE) as adapter:
+                    try:
+                        yield from self._adapter_steps(name, weights, chain, adapter)
+                    except EngineError as error:
+                        yield failure(f"step, {name}", str(error), self._tolerance)
+
+    def _adapter_steps(self, name: str, weights: AdapterWeights, chain: _Chain, adapter: Engine) -> Iterator[Check]:
+        model = DiffusersStep(self.base.load_unet(), weights)
+        checks, zero_scale = [], []
+        for case, inputs in step_inputs(self.bundle.manifest):
+            without = model(inputs, 0.0)
+            zero_scale.append(
+                agreement(
+                    f"step, {name}, scale 0", case, {"": chain(inputs, adapter, 0.0)}, {"": without}, self._tolerance
+                )
+            )
+            for scale in _SCALES:
+                found = chain(inputs, adapter, scale)
+                checks.append(
+                    agreement(
+                        f"step, {name}",
+                        f"{case}, scale {scale}",
+                        {"": found},
+                        {"": model(inputs, scale)},
+                        self._tolerance,
+                    )
+                )
+        yield worst(checks)
+        yield worst(zero_scale)
+        _, inputs = next(step_inputs(self.bundle.manifest))
+        output = chain(inputs, adapter, 1.0)
+        other = {**inputs, "image_embeds": -inputs["image_embeds"]}
+        yield change(f"step, {name}, moves with image", output, chain(other, adapter, 1.0), self._tolerance)
+        yield change(f"step, {name}, moves with scale", output, chain(inputs, adapter, 0.0), self._tolerance)
+
+
+class _Chain:
+    """The bundle's side of a step: text and image to keys and values, scaled, into the UNet."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._layout: KVLayout = bundle.manifest.kv_layout
+        self.text_kv = bundle.open_component("text_kv", _ENGINE)
+        self.unet = bundle.open_component("unet", _ENGINE)
+
+    def __call__(self, inputs: Mapping[str, Array], adapter: Engine | None = None, scale: float = 0.0) -> Array:
+        text_kv = self.text_kv(encoder_hidden_states=inputs["encoder_hidden_states"])["text_kv"]
+        if adapter is None:
+            image_kv = np.zeros((len(text_kv), 1, self._layout.size), text_kv.dtype)
+        else:
+            image_kv = adapter(image_embeds=inputs["image_embeds"])["image_kv"]
+            for values in self._layout.value_slices():
+                image_kv[..., values] *= image_kv.dtype.type(scale)
+        step = self.unet(sample=inputs["sample"], timestep=inputs["timestep"], text_kv=text_kv, image_kv=image_kv)
+        return step["noise_pred"]
+
+
+def record(root: Path, checks: Sequence[Check], source: Manifest) -> None:
+    """Write the figures into the bundle's manifest.
+
+    Args:
+        source: the manifest that was validated.
+    Raises:
+        IpaError: the bundle has changed since.
+    """
+    figures = {
+        "passed": all(check.passed for check in checks),
+        "engine": f"{_ENGINE} {version('onnxruntime')}",
+        "versions": created_by(),
+        "checks": [_finite(asdict(check)) for check in checks],
+    }
+
+    def add(manifest: Manifest) -> Manifest:
+        if manifest.files() != source.files():
+            raise IpaError(f"{root} has changed while it was validated; run `ipa-export validate` again")
+        return replace(manifest, validation=figures)
+
+    with locked_bundle(root):
+        update_manifest(root, add)
+
+
+def _finite(check: dict[str, object]) -> dict[str, object]:
+    """Infinity is not JSON."""
+    return {key: None if value == float("inf") else value for key, value in check.items()}
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    """The reference computes in float32 on the very values that the engine gets."""
+    return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float16 else array)
+
+
+def _bundle_name(bundle: Bundle, file: AdapterFile) -> str:
+    """Which of the bundle's adapters a file is: by content, else by name.
+
+    Raises:
+        IpaError: none of them.
+    """
+    adapters = bundle.manifest.adapters
+    if file.name not in adapters and file.path.is_file():
+        digest = hash_file(file.path)
+        for name, adapter in adapters.items():
+            if adapter.source_sha256 == digest:
+                return name
+    bundle.adapter(file.name)
+    return file.name

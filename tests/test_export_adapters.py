@@ -1,0 +1,193 @@
+"""Adapter files: what fits goes in without touching the UNet, what does not is refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+from tiny import tiny_adapter
+
+from ipa.engines.bundle import Bundle
+from ipa.engines.errors import IpaError
+from ipa.export.adapters import AdapterFile
+from ipa.export.cli import main
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle that the test may change."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def add(bundle: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(main, ["adapter", "--bundle", str(bundle), *arguments])
+
+
+def unet_config(base: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((base / "unet" / "config.json").read_text())
+    return config
+
+
+def test_adds_an_adapter_and_leaves_the_rest(bundle: Path, tiny_base: Path, tmp_path: Path) -> None:
+    before = Bundle.open(bundle).manifest
+    stamp = (bundle / "unet" / "model.onnx").stat().st_mtime_ns
+    file = tiny_adapter(unet_config(tiny_base), tmp_path / "x.bin", seed=3, tokens=16)
+    result = add(bundle, "--adapter", f"second={file}")
+    assert result.exit_code == 0, result.output
+    after = Bundle.open(bundle).manifest
+    assert after.components == before.components
+    assert (bundle / "unet" / "model.onnx").stat().st_mtime_ns == stamp
+    assert list(after.adapters) == ["tiny", "second"]
+    assert after.adapters["second"].tokens == 16
+    assert after.defaults.adapter == "tiny"
+
+
+def test_replaces_an_adapter_only_with_force(bundle: Path, tiny_base: Path, tmp_path: Path) -> None:
+    file = tiny_adapter(unet_config(tiny_base), tmp_path / "x.safetensors", seed=3)
+    old = Bundle.open(bundle).manifest.adapters["tiny"]
+    result = add(bundle, "--adapter", f"tiny={file}")
+    assert (result.exit_code, "--force" in result.output) == (2, True)
+    assert Bundle.open(bundle).manifest.adapters["tiny"] == old
+    for _ in range(2):
+        assert add(bundle, "--adapter", f"tiny={file}", "--force", "--default").exit_code == 0
+        new = Bundle.open(bundle).manifest.adapters["tiny"]
+        assert new.component.files[0].sha256 != old.component.files[0].sha256
+        assert len(list((bundle / "ip_adapter").iterdir())) == 1, "the replaced graph is removed"
+
+
+def test_failed_replacement_leaves_the_old_adapter(
+    bundle: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tiny_adapter(unet_config(tiny_base), tmp_path / "x.safetensors", seed=3)
+    old = Bundle.open(bundle).manifest
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ipa.export.build.update_manifest", fail)
+    assert add(bundle, "--adapter", f"tiny={file}", "--force").exit_code == 1
+    assert Bundle.open(bundle).manifest == old
+    monkeypatch.undo()
+    assert add(bundle, "--adapter", f"tiny={file}", "--force").exit_code == 0
+    assert Bundle.open(bundle).manifest.adapters["tiny"] != old.adapters["tiny"]
+
+
+class Payload:
+    """A pickle that runs code when it is loaded."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("touch pwned",)
+
+
+def edited(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path, Path], Path]:
+    def make(good: Path, folder: Path) -> Path:
+        state = load_file(good)
+        change(state)
+        save_file(state, folder / "edited.safetensors")
+        return folder / "edited.safetensors"
+
+    return make
+
+
+def renamed(**names: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(state: dict[str, torch.Tensor]) -> None:
+        for old, new in names.items():
+            state[f"image_proj.{new}"] = state.pop(f"image_proj.{old.replace('__', '.')}")
+
+    return change
+
+
+def drop(key: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda state: state.__delitem__(key)
+
+
+def wide(state: dict[str, torch.Tensor]) -> None:
+    for key in list(state):
+        if key.startswith("ip_adapter"):
+            state[key] = torch.zeros(len(state[key]), 2048)
+
+
+def other_encoder(state: dict[str, torch.Tensor]) -> None:
+    state["image_proj.proj.weight"] = torch.zeros(len(state["image_proj.proj.weight"]), 1280)
+
+
+def fewer_layers(state: dict[str, torch.Tensor]) -> None:
+    for which in "kv":
+        del state[f"ip_adapter.31.to_{which}_ip.weight"]
+
+
+def ragged(state: dict[str, torch.Tensor]) -> None:
+    state["image_proj.proj.bias"] = torch.zeros(7)
+
+
+def written(name: str, content: bytes) -> Callable[[Path, Path], Path]:
+    def make(good: Path, folder: Path) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return make
+
+
+def pickled(good: Path, folder: Path) -> Path:
+    torch.save({"image_proj": {"proj.weight": Payload()}, "ip_adapter": {}}, folder / "evil.bin")
+    return folder / "evil.bin"
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
+    "missing": (lambda good, folder: folder / "none.bin", "none.bin"),
+    "empty": (written("empty.safetensors", b""), "not a readable"),
+    "empty bin": (written("empty.bin", b""), "empty.bin"),
+    "random": (written("random.bin", bytes(range(256)) * 40), "random.bin"),
+    "random safetensors": (written("random.safetensors", bytes(range(256)) * 40), "not a readable"),
+    "another suffix": (written("adapter.ckpt", b"x"), ".safetensors or .bin"),
+    "malicious pickle": (pickled, "refused"),
+    "plus": (edited(renamed(proj__weight="latents", norm__weight="norm_out.weight")), "kind plus"),
+    "full-face": (edited(renamed(proj__weight="proj.3.weight")), "kind full-face"),
+    "faceid": (edited(renamed(proj__weight="proj.0.weight")), "kind FaceID"),
+    "sdxl": (edited(wide), "text width 2048, this one has 48"),
+    "image encoder": (edited(other_encoder), "embedding width 1280, this one has 40"),
+    "layers": (edited(fewer_layers), "15 cross-attention layers, this base model has 16"),
+    "missing key": (edited(drop("image_proj.norm.bias")), "misses image_proj.norm.bias"),
+    "shape": (edited(ragged), "proj.bias is (7,)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_refuses(
+    case: str, bundle: Path, tiny_adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, message = BAD_FILES[case]
+    monkeypatch.chdir(tmp_path)
+    before = Bundle.open(bundle).manifest
+    result = add(bundle, "--adapter", f"bad={make(tiny_adapter_file, tmp_path)}")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "pwned").exists()
+    assert Bundle.open(bundle).manifest == before
+    assert [path.name for path in (bundle / "ip_adapter").iterdir()] == ["tiny"]
+
+
+def test_accepts_mixed_dtypes(bundle: Path, tiny_adapter_file: Path, tmp_path: Path) -> None:
+    state = load_file(tiny_adapter_file)
+    mixed = {key: value.half() if key.startswith("ip_adapter") else value for key, value in state.items()}
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    assert add(bundle, "--adapter", f"mixed={tmp_path / 'mixed.safetensors'}").exit_code == 0
+
+
+def test_names() -> None:
+    assert AdapterFile.parse("cat=a/b=c.bin") == AdapterFile("cat", Path("a/b=c.bin"))
+    assert AdapterFile.parse("a/ip-adapter_sd15.v2.bin") == AdapterFile(
+        "ip-adapter_sd15-v2", Path("a/ip-adapter_sd15.v2.bin")
+    )
+    for bad in ("=x.bin", "a b=x.bin", "..=x.bin"):
+        with pytest.raises(IpaError, match="adapter name"):
+            AdapterFile.parse(bad)
