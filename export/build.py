@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def add_adapter(
 def _unused(adapters: Path, manifest: Manifest, name: str) -> Path:
     """A folder for an adapter that the manifest does not name; what a killed command left there is removed."""
     listed = _adapter_folders(manifest)
-    folder = next(path for path in (name, *(f"{name}.{n}" for n in count(2))) if path not in listed)
+    folder = next(path for path in chain([name], (f"{name}.{n}" for n in count(2))) if path not in listed)
     shutil.rmtree(adapters / folder, ignore_errors=True)
     return adapters / folder
 
