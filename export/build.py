@@ -71,6 +71,7 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
         raise IpaError("--merged puts an adapter into the graph; pass one with --adapter")
 
     with staged_bundle(request.output, request.force) as root:
+        tokenizer, scheduler = _write_tokenizer(root, base), _write_scheduler(root, base)
 
         def add(graph: Graph, folder: str) -> ComponentRecord:
             progress(graph.name)
@@ -93,8 +94,8 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
             kv_layout=layout,
             components={name: components[name] for name in COMPONENTS},
             adapters={},
-            tokenizer=_write_tokenizer(root, base),
-            scheduler=_write_scheduler(root, base),
+            tokenizer=tokenizer,
+            scheduler=scheduler,
             text_tokens=base.text_tokens,
             vae=base.vae_record,
             image_processor=base.image_processor,
@@ -202,7 +203,11 @@ def _write_scheduler(root: Path, base: BasePipeline) -> FileRecord:
 def _refuse_overwriting_sources(request: ExportRequest) -> None:
     """Nothing that is read may lie in the folder that is replaced."""
     output = request.output.resolve()
-    sources: list[str | Path] = [request.base, request.image_encoder or request.base, *(file.path for file in request.adapters)]
+    sources: list[str | Path] = [
+        request.base,
+        request.image_encoder or request.base,
+        *(file.path for file in request.adapters),
+    ]
     for source in map(Path, sources):
         if source.exists() and source.resolve().is_relative_to(output):
             raise BundleError(f"--output {request.output} would replace {source}, which is read; choose another folder")

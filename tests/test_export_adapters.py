@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -180,7 +181,10 @@ def test_accepts_mixed_dtypes(bundle: Path, tiny_adapter_file: Path, tmp_path: P
     state = load_file(tiny_adapter_file)
     mixed = {key: value.half() if key.startswith("ip_adapter") else value for key, value in state.items()}
     save_file(mixed, tmp_path / "mixed.safetensors")
-    assert add(bundle, "--adapter", f"mixed={tmp_path / 'mixed.safetensors'}").exit_code == 0
+    result = add(bundle, "--adapter", f"mixed={tmp_path / 'mixed.safetensors'}", "--opset", "20")
+    assert result.exit_code == 0, result.output
+    model = onnx.load(bundle / "ip_adapter" / "mixed" / "model.onnx")
+    assert model.opset_import[0].version == 20
 
 
 def test_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from oracle import diffusers_noise, diffusers_unet
 from tiny import EMBED_WIDTH, TEXT_WIDTH, cross_attention_widths, tiny_adapter, tiny_pipeline
 
 from ipa.engines.bundle import Bundle
+from ipa.engines.engine import Engine
 from ipa.export.adapters import BaseAdapter, read_adapter
 from ipa.export.dimensions import manifest_dimensions
 from ipa.export.hoist import HoistedUNet, config_kv_layout, kv_layout, text_kv_linear
@@ -20,9 +22,22 @@ from ipa.export.hoist import HoistedUNet, config_kv_layout, kv_layout, text_kv_l
 SIZES = [(1, 8, 8, 0.0), (2, 16, 16, 999.0), (3, 9, 25, 500.0), (2, 20, 28, 1.0)]
 
 
+@pytest.fixture(scope="module")
+def unet_engine(tiny_bundle: Path) -> Iterator[Engine]:
+    with Bundle.open(tiny_bundle, verify=False).open_component("unet", "onnxruntime") as engine:
+        yield engine
+
+
 @pytest.mark.parametrize(("batch", "height", "width", "timestep"), SIZES)
 def test_exported_chain_equals_diffusers(
-    tiny_bundle: Path, tiny_base: Path, tiny_adapter_file: Path, batch: int, height: int, width: int, timestep: float
+    unet_engine: Engine,
+    tiny_bundle: Path,
+    tiny_base: Path,
+    tiny_adapter_file: Path,
+    batch: int,
+    height: int,
+    width: int,
+    timestep: float,
 ) -> None:
     generator = torch.Generator().manual_seed(batch)
     sample = torch.randn(batch, 4, height, width, generator=generator)
@@ -33,14 +48,13 @@ def test_exported_chain_equals_diffusers(
     with (
         bundle.open_component("text_kv", "onnxruntime") as text_kv,
         bundle.open_component("ip_adapter/tiny", "onnxruntime") as adapter,
-        bundle.open_component("unet", "onnxruntime") as engine,
     ):
         packed_text = text_kv(encoder_hidden_states=text.numpy())["text_kv"]
         for scale in (0.0, 0.6, 1.3):
             image_kv = adapter(image_embeds=embeds.numpy())["image_kv"]
             for values in bundle.manifest.kv_layout.value_slices():
                 image_kv[..., values] *= scale
-            found = engine(
+            found = unet_engine(
                 sample=sample.numpy(), timestep=np.asarray(timestep, np.float32), text_kv=packed_text, image_kv=image_kv
             )["noise_pred"]
             expected = diffusers_noise(unet, sample, timestep, text, embeds, scale).numpy()
@@ -68,21 +82,17 @@ def test_hoisted_module_equals_diffusers(tmp_path: Path, options: dict[str, Any]
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 257])
-def test_any_number_of_tokens(tiny_bundle: Path, tiny_base: Path, tokens: int) -> None:
+def test_any_number_of_tokens(unet_engine: Engine, tiny_base: Path, tokens: int) -> None:
     """The image's tokens are one softmax of their own: against PyTorch's attention over that many keys."""
-    bundle = Bundle.open(tiny_bundle, verify=False)
     unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet").eval().requires_grad_(False)
-    text_kv, layout = torch.randn(1, 77, bundle.manifest.kv_layout.size), kv_layout(unet)
+    layout = kv_layout(unet)
+    text_kv = torch.randn(1, 77, layout.size)
     image_kv, sample = torch.randn(1, tokens, layout.size), torch.randn(1, 4, 16, 16)
     with torch.no_grad():
         expected = HoistedUNet(unet)(sample, torch.tensor(3.0), text_kv, image_kv).numpy()
-    with bundle.open_component("unet", "onnxruntime") as engine:
-        found = engine(
-            sample=sample.numpy(),
-            timestep=np.asarray(3, np.float32),
-            text_kv=text_kv.numpy(),
-            image_kv=image_kv.numpy(),
-        )["noise_pred"]
+    found = unet_engine(
+        sample=sample.numpy(), timestep=np.asarray(3, np.float32), text_kv=text_kv.numpy(), image_kv=image_kv.numpy()
+    )["noise_pred"]
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)
 
 
