@@ -278,11 +278,11 @@ def test_a_folder_that_cannot_be_written(ipa_run: Run, tmp_path: Path) -> None:
 
 def test_ctrl_c_leaves_no_file(tiny_bundle: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from ipa.runtime.cli import main; main()", "--bundle", str(tiny_bundle)]
-    command += ["--prompt", "a cat", "--steps", "1000", "--height", "256", "--width", "256"]
+    command += ["--prompt", "a cat", "--steps", "900", "--height", "256", "--width", "256"]
     process = subprocess.Popen(
         [*command, "--output", str(tmp_path / "x.png")], stderr=subprocess.PIPE, text=True, env={**os.environ}
     )
-    time.sleep(6)  # well inside the loop of 1001 steps
+    time.sleep(8)  # well inside the loop of 901 steps
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
