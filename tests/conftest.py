@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +16,6 @@ if hasattr(os, "sched_setaffinity"):
     _cores = sorted(os.sched_getaffinity(0))
     _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     os.sched_setaffinity(0, {_cores[_worker % len(_cores)]})
-
-sys.path.insert(0, str(Path(__file__).parent))  # `import tiny`: --import-mode=importlib adds no folder by itself
 
 
 @pytest.fixture(scope="session")
