@@ -24,7 +24,7 @@ from ipa.engines.bundle import hash_file
 from ipa.runtime import Pipeline
 from ipa.runtime.demo import demo_bundle
 from ipa.trainer.demo.evaluate import Pair, Scores, held_out_pairs, score
-from ipa.trainer.demo.judge import Judge
+from ipa.trainer.demo.judge import SHIPPED, load_judge
 
 SCALES = (0.0, 0.5, 1.0)
 SHEET_PAIRS = 8
@@ -88,7 +88,7 @@ def main(
 ) -> None:
     """Measure the demo model and print the rates by adapter scale."""
     pairs = held_out_pairs(count)
-    judge = Judge.load()
+    judge = load_judge(SHIPPED)
     scores, pictures = {}, {}
     with Pipeline.open(bundle or demo_bundle()) as pipe:
         guidance = guidance_scale or pipe.manifest.defaults.guidance_scale

@@ -14,7 +14,7 @@ from ipa.engines.errors import BundleError
 from ipa.runtime import Pipeline, demo
 from ipa.runtime.cli import main
 from ipa.trainer.demo.evaluate import held_out_pairs, score
-from ipa.trainer.demo.judge import Judge
+from ipa.trainer.demo.judge import SHIPPED, load_judge
 
 LIMIT = 16_000_000  # bytes in git
 PAIRS = 8
@@ -57,7 +57,7 @@ def test_text_gives_the_shape_and_the_image_the_colours() -> None:
             ]
 
         with_image, without = draw(1.0), draw(0.0)
-    judge = Judge.load()
+    judge = load_judge(SHIPPED)
     followed, ignored = score(with_image, pairs, judge), score(without, pairs, judge)
     assert followed.shape >= 0.6
     assert followed.foreground >= 0.6

@@ -13,6 +13,7 @@ from ipa.trainer.demo.loop import Budget, Optimisation, fit
 from ipa.trainer.demo.shapes import SHAPES, TEXTURES, Pixels
 from ipa.trainer.files import atomic_path
 
+SHIPPED = Path(__file__).with_name("judge.safetensors")  # the one that judged the demo model
 BATCH = 64
 OPTIMISATION = Optimisation(learning_rate=2e-3, weight_decay=0.02, ema_decay=0.99)
 
