@@ -20,8 +20,9 @@ from ipa.trainer.demo.loop import Budget
 from ipa.trainer.demo.pipeline import save_pipeline
 from ipa.trainer.demo.shapes import IMAGE_SIZE
 from ipa.trainer.demo.tokenizer import build_tokenizer
-from ipa.trainer.demo.unet import UNetData, embed_captions, train_unet
+from ipa.trainer.demo.unet import UNetData, embed_captions, load_unet_data, train_unet
 from ipa.trainer.demo.vae import encode_all, train_decoder, train_vae
+from ipa.trainer.demo.warm_start import warm_start
 from ipa.trainer.errors import TrainError
 from ipa.trainer.files import atomic_path
 from ipa.trainer.options import AdapterOptions
@@ -151,7 +152,7 @@ class _Chain:
     def decoder(self) -> None:
         if self._part("vae_decoder").exists():
             return
-        latents = torch.load(self._unet_data(), weights_only=True, mmap=True)["latents"]
+        latents = load_unet_data(self._unet_data()).latents
         vae = AutoencoderKL.from_pretrained(self._finished("vae"))
         checkpoint = self._checkpoint("decoder")
         train_decoder(vae, self._dataset(), latents, self.config.budget("decoder"), checkpoint, self.config.seed)
@@ -175,6 +176,12 @@ class _Chain:
         listing = data / "pairs.jsonl"
         if not listing.exists():
             listing = write_adapter_data(data, self.config.adapter_pairs)
+        start = self.folder.work / "adapter-start"
+        if not (start / "ip_adapter.safetensors").exists():
+            unet = UNet2DConditionModel.from_pretrained(self.folder.pipeline / "unet")
+            encoder = CLIPVisionModelWithProjection.from_pretrained(self.folder.pipeline / "image_encoder")
+            unet_data = load_unet_data(self._unet_data())
+            warm_start(start, self._dataset(), unet_data, unet, encoder, self.config.seed)
         train_adapter(adapter_options(self.folder, listing, self.config.adapter_steps, self.config.seed))
 
     def judge(self) -> None:
@@ -235,15 +242,16 @@ def adapter_options(folder: DemoFolder, listing: Path, steps: int, seed: int) ->
         data=listing,
         image_root=listing.parent,
         output=folder.adapter,
+        init_adapter=folder.work / "adapter-start" / "ip_adapter.safetensors",
         steps=steps,
         learning_rate=2e-3,
         batch_size=32,
         resolution=IMAGE_SIZE,
-        timestep_bias=1.0,
+        timestep_bias=3.0,  # the noisiest timesteps decide the colours
         lr_scheduler="cosine",
-        lr_warmup_steps=100,
+        lr_warmup_steps=30,
         max_grad_norm=1.0,
-        ema_decay=0.995,
+        ema_decay=0.99,
         cache_latents=True,
         seed=seed,
         checkpoint_every=200,

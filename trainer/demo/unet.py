@@ -19,6 +19,7 @@ from ipa.trainer.demo.tokenizer import MAX_LENGTH
 BATCH = 48  # over all workers
 CAPTION_DROP = 0.1
 SNR_CAP = 5.0  # min-SNR weighting: arXiv:2303.09556, section 3.4
+SNR_FLOOR = 0.2  # added to it: the noisiest timesteps decide the colours, and would be learnt last
 OPTIMISATION = Optimisation(learning_rate=1e-3, warmup_steps=150, ema_decay=0.9985)
 
 
@@ -37,6 +38,11 @@ class UNetData:
     attributes: Tensor
     text_states: Tensor
     strides: Tensor
+
+
+def load_unet_data(path: Path) -> UNetData:
+    """Read what was written as `torch.save(vars(data), path)`, memory-mapped."""
+    return UNetData(**torch.load(path, weights_only=True, mmap=True))
 
 
 @torch.no_grad()
@@ -69,11 +75,11 @@ def _work(rank: int, world: int, meeting: str, data: Path, budget: Budget, check
     """One worker: its share of each batch, gradients averaged by `fit`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
-    loaded = UNetData(**torch.load(data, weights_only=True, mmap=True))
+    loaded = load_unet_data(data)
     torch.manual_seed(seed)
     unet = build_unet()
     alphas = build_scheduler().alphas_cumprod
-    weights = signal_to_noise().clamp(max=SNR_CAP) / signal_to_noise()
+    weights = (signal_to_noise().clamp(max=SNR_CAP) + SNR_FLOOR) / signal_to_noise()
 
     def loss(step: int, progress: float) -> Tensor:
         return denoising_loss(unet, loaded, BATCH // world, alphas, weights)
