@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from tqdm import tqdm
 from transformers import CLIPVisionModelWithProjection
 
 from ipa.trainer.demo.clip import build_image_processor
 from ipa.trainer.demo.evaluate import Pair
 
-BATCH = 16
 STEPS = 25
 GUIDANCE_SCALE = 5.0
 
@@ -30,17 +30,18 @@ def load_with_adapter(pipeline: Path, adapter: Path) -> StableDiffusionPipeline:
 def generate(
     loaded: StableDiffusionPipeline, pairs: Sequence[Pair], scale: float, guidance_scale: float = GUIDANCE_SCALE
 ) -> list[Image.Image]:
-    """One image per pair; image i starts from the noise of seed i, whatever the scale."""
+    """One image per pair; image i starts from the noise of seed i, whatever the scale.
+
+    Pair by pair: in a batch, diffusers shows every image prompt to every text.
+    """
     loaded.set_ip_adapter_scale(scale)
-    images: list[Image.Image] = []
-    for start in range(0, len(pairs), BATCH):
-        part = pairs[start : start + BATCH]
-        made = loaded(
-            prompt=[pair.prompt for pair in part],
-            ip_adapter_image=[[pair.reference for pair in part]],
+    return [
+        loaded(
+            prompt=pair.prompt,
+            ip_adapter_image=pair.reference,
             num_inference_steps=STEPS,
             guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(start + row) for row in range(len(part))],
-        )
-        images += made.images
-    return images
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]
+        for seed, pair in enumerate(tqdm(pairs, desc=f"images at scale {scale}", unit="image"))
+    ]
