@@ -49,12 +49,12 @@ class DemoConfig:
 
     images: int = 20_000
     judge_images: int = 6_000
-    adapter_pairs: int = 6_000
+    adapter_pairs: int = 2_400
     vae_steps: int = 2_500
     clip_steps: int = 1_250
-    unet_steps: int = 4_500
-    decoder_steps: int = 2_400
-    adapter_steps: int = 2_000
+    unet_steps: int = 4_300
+    decoder_steps: int = 1_000
+    adapter_steps: int = 1_000
     judge_steps: int = 1_400
     minutes: float | None = None
     workers: int = 2
