@@ -10,7 +10,7 @@ INSTALL = install --quiet --no-compile --disable-pip-version-check -c constraint
 
 demo: .venv/installed
 	@mkdir -p $(OUT)
-	.venv/bin/ipa-run --image runtime/assets/reference.png --prompt "a star" --seed 7 --timings --output $(OUT)/demo.png
+	.venv/bin/ipa-run --image runtime/assets/reference.png --prompt "a heart" --seed 0 --timings --output $(OUT)/demo.png
 
 test: .venv-dev/installed
 	.venv-dev/bin/pytest -n 2 --dist loadfile
