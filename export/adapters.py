@@ -18,7 +18,7 @@ from ipa.trainer.errors import TrainError
 from ipa.trainer.weights import load_adapter
 
 BASE = "base"
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 # Keys that tell the kinds apart; the order matters, as later kinds have the keys of earlier ones, too.
 _KIND_KEYS = (
     ("proj.weight", BASE),
