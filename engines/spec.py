@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
-from typing import Literal
 
 Axis = int | str
-Dtype = Literal["float32", "float16", "int64"]
 FLOAT = "float"  # stands for the dtype a component was exported in
 
 COMPONENTS = ("text_encoder", "text_kv", "image_encoder", "unet", "vae_decoder", "vae_encoder")
