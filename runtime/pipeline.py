@@ -175,7 +175,13 @@ class Pipeline:
         layout = self.manifest.kv_layout
         if image is None or request.adapter is None or request.ip_adapter_scale is None:
             return no_image_kv(layout, self.manifest.components["unet"].dtype)
-        feature = self.bundle.adapter(request.adapter).feature
+        record = self.bundle.adapter(request.adapter)
+        if record.negative != "zeros":
+            raise BundleError(
+                f"adapter '{request.adapter}' makes its negative tokens by {record.negative!r}, this ipa-runtime "
+                "knows 'zeros'; upgrade with `pip install -U ipa-runtime`"
+            )
+        feature = record.feature
         encoder = self._engine("image_encoder")
         pixel_values = preprocess([image], self.manifest.image_processor)
         features = encoder(pixel_values=pixel_values.astype(encoder.spec.inputs[0].dtype))[feature]

@@ -269,6 +269,15 @@ def test_a_bundle_of_a_newer_format(ipa_run: Run, copied_bundle: Path) -> None:
     assert "pip install -U ipa-runtime" in refused(ipa_run("--prompt", "a cat", bundle=copied_bundle))
 
 
+def test_an_adapter_whose_negative_is_made_in_an_unknown_way(
+    ipa_run: Run, copied_bundle: Path, reference: Path
+) -> None:
+    manifest = copied_bundle / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"negative": "zeros"', '"negative": "encoded zeros"'))
+    message = refused(ipa_run("--image", reference, "--prompt", "a cat", *SMALL, bundle=copied_bundle))
+    assert "negative tokens by 'encoded zeros'" in message
+
+
 def test_a_folder_that_cannot_be_written(ipa_run: Run, tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("in the way")
