@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, cast
 
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from ipa.engines.spec import SPECS, Dimensions
+from ipa.export.attention import SpatialAttention
 from ipa.export.hoist import HoistedUNet, text_kv_linear
 from ipa.export.onnx_export import Graph
 from ipa.export.pipeline import BasePipeline
@@ -79,7 +79,7 @@ def component_modules(base: BasePipeline) -> Iterator[tuple[str, nn.Module]]:
     del unet
     yield "image_encoder", ImageEncoder(_plain_attention(base.load_image_encoder()))
     vae = base.load_vae()
-    vae.set_attn_processor(AttnProcessor())
+    vae.set_attn_processor(SpatialAttention())
     yield "vae_decoder", VaeDecoder(vae)
     yield "vae_encoder", VaeEncoder(vae)
 

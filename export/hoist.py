@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ipa.engines.errors import IpaError
 from ipa.engines.spec import KVLayer, KVLayout
+from ipa.export.attention import attend
 
 KeysValues = tuple[Tensor, ...]  # K_0, V_0, K_1, V_1, ... each (batch, tokens, width)
 
@@ -101,27 +102,12 @@ class HoistedAttention:
         """Attend; (batch, positions, channels) in and out."""
         query = attn.to_q(hidden_states)
         if self._index is None or encoder_hidden_states is None:
-            result = _attend(attn, query, attn.to_k(hidden_states), attn.to_v(hidden_states))
+            result = attend(attn, query, attn.to_k(hidden_states), attn.to_v(hidden_states))
         else:
             text, image = encoder_hidden_states
             key, value = 2 * self._index, 2 * self._index + 1
-            result = _attend(attn, query, text[key], text[value]) + _attend(attn, query, image[key], image[value])
+            result = attend(attn, query, text[key], text[value]) + attend(attn, query, image[key], image[value])
         return cast(Tensor, attn.to_out[1](attn.to_out[0](result)))
-
-
-def _attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(query key^T / sqrt(head size)) value, heads split and joined; scores in float32 where the model asks.
-
-    Written out as MatMul, Softmax, MatMul: the pattern that engines fuse, with sizes of heads as constants.
-    """
-    dtype, head_size = query.dtype, query.shape[-1] // attn.heads
-    query, key, value = (
-        x.reshape(x.shape[0], -1, attn.heads, head_size).transpose(1, 2) for x in (query * attn.scale, key, value)
-    )
-    if attn.upcast_attention:
-        query, key, value = query.float(), key.float(), value.float()
-    scores = (query @ key.transpose(-1, -2)).softmax(dim=-1)
-    return (scores @ value).transpose(1, 2).flatten(2).to(dtype)
 
 
 class HoistedUNet(nn.Module):

@@ -66,7 +66,7 @@ def export_merged(
         options.file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{options.file.name}.", dir=options.file.parent) as folder:
             graph = Graph(options.file.name, module, spec)
-            files = export_graph(graph, Path(folder) / options.file.name, opset)
+            files = export_graph(graph, Path(folder) / options.file.name, opset, standard=True)
             meta = Path(folder) / f"{options.file.name}.meta.json"
             meta.write_text(json.dumps(_meta(options, weights, spec, dtype, opset, files), indent=1) + "\n", "utf-8")
             sync_tree(Path(folder))

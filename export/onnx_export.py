@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ipa.engines.errors import IpaError
 from ipa.engines.spec import ComponentSpec, TensorSpec
+from ipa.export.attention import define_attention, expanded
 
 MODEL_FILE = "model.onnx"
 OPSETS = range(18, 21)
@@ -47,12 +48,13 @@ class Graph:
     spec: ComponentSpec
 
 
-def export_graph(graph: Graph, path: Path, opset: int) -> tuple[Path, ...]:
+def export_graph(graph: Graph, path: Path, opset: int, standard: bool = False) -> tuple[Path, ...]:
     """Trace a module and write it; large weights go to one file beside it, named `<path>.data`.
 
     Args:
         graph: module and spec.
         path: of the graph; its folder is made when missing.
+        standard: use operators of the ONNX standard alone, see `ipa.export.attention`.
         opset: one of `OPSETS`. From 23 on attention is one node, which TensorRT-RTX 1.7 crashes on.
     Returns:
         The files written, the graph first.
@@ -63,6 +65,9 @@ def export_graph(graph: Graph, path: Path, opset: int) -> tuple[Path, ...]:
     model = _trace(graph, path.parent, opset)
     _fit_to_spec(graph.name, model, graph.spec)
     _strip(model)
+    define_attention(model)
+    if standard:
+        model = expanded(model)
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= _INLINE_LIMIT:
         onnx.save_model(model, path)
         return (path,)
