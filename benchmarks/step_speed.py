@@ -1,12 +1,15 @@
-"""One step of the UNet with the image prompt on onnxruntime, against PyTorch eager without it, on the same CPU.
+"""One step of the UNet with the image prompt on onnxruntime, against PyTorch eager, on the same CPU.
 
-Three contenders run in turn, A B C C B A ..., in one process with the same number of threads, on random inputs:
-PyTorch eager FP32, the ordinary UNet graph (no image prompt at all) and the bundle's hoisted UNet with 4 image tokens.
-What is compared are medians of the ratios within each round, so that a drift of the machine's speed cancels.
+Five contenders run in turn, A B C D E E D C B A ..., in one process with the same number of threads, on random inputs:
+PyTorch eager FP32 without and with diffusers' IP-Adapter, the UNet's graph without any image prompt, the bundle's
+hoisted UNet with 4 image tokens, and one large matrix product: the rate of that, and the operations that a step needs,
+say how fast FP32 can be on this machine. What is compared are medians of the ratios within each round, so that a drift
+of the machine's speed cancels.
 
     python -m ipa.benchmarks.full_size --output /tmp/sd15
     ipa-export onnx --base /tmp/sd15/base --adapter /tmp/sd15/ip-adapter.safetensors --output /tmp/sd15/bundle
-    python -m ipa.benchmarks.step_speed --base /tmp/sd15/base --bundle /tmp/sd15/bundle
+    python -m ipa.benchmarks.step_speed --base /tmp/sd15/base --adapter /tmp/sd15/ip-adapter.safetensors \\
+                                        --bundle /tmp/sd15/bundle
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -27,38 +30,66 @@ import click
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Engine
 from ipa.engines.onnxruntime_engine import OnnxRuntimeEngine
 from ipa.engines.spec import SPECS, ComponentSpec, TensorSpec
+from ipa.export.adapters import read_adapter
+from ipa.export.attention import attend
+from ipa.export.dimensions import manifest_dimensions
 from ipa.export.onnx_export import Graph, export_graph
+from ipa.export.oracle import DiffusersStep
 
 TOKENS = 4
 OPSET = 18
 TIMESTEP = 500.0
+MATRIX = 4096
+
+
+class TextAttention:
+    """Cross-attention as other exporters trace it: keys and values of the text made at every step."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; (batch, positions, channels) in and out."""
+        states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        result = attend(attn, attn.to_q(hidden_states), attn.to_k(states), attn.to_v(states))
+        return attn.to_out[1](attn.to_out[0](result))  # type: ignore[no-any-return]
 
 
 class PlainUNet(torch.nn.Module):
-    """The UNet as other exporters write it: text states in, keys and values computed at every step."""
+    """The UNet without image prompt: text states in; the same attention kernels as the hoisted one."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor, states: Tensor) -> Tensor:
         """`noise_pred`."""
         return self.unet(sample, timestep, states, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
 def plain_engine(unet: UNet2DConditionModel, text_width: int, folder: Path) -> Engine:
-    """The ordinary graph in an onnxruntime session."""
+    """The graph without image prompt in an onnxruntime session."""
     sample, timestep, *_ = SPECS["unet"].inputs
     states = TensorSpec("encoder_hidden_states", ("batch", "text_tokens", text_width))
     sizes = {"unet_in_channels": 4, "latent_channels": 4, "text_tokens": 77}
     spec = ComponentSpec((sample, timestep, states), SPECS["unet"].outputs).resolved(sizes, "float32")
+    processors = unet.attn_processors
+    unet.set_attn_processor(TextAttention())
     export_graph(Graph("unet", PlainUNet(unet), spec), folder / "model.onnx", OPSET)
+    unet.set_attn_processor(processors)
     return OnnxRuntimeEngine("unet", spec, folder / "model.onnx")
 
 
@@ -72,16 +103,24 @@ def random_inputs(spec: ComponentSpec, free: dict[str, int], rng: np.random.Gene
     return inputs
 
 
-def interleave(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each contender by round; the order turns around every round. The first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for index in tqdm(range(rounds + 1), unit="round", disable=None):
-        names = list(contenders) if index % 2 else list(reversed(contenders))
+        names = list(contenders)[:: 1 if index % 2 else -1]
         for name in names:
             start = time.perf_counter()
             contenders[name]()
             seconds[name].append(time.perf_counter() - start)
     return {name: values[1:] for name, values in seconds.items()}
+
+
+def operations(unet: UNet2DConditionModel, inputs: Sequence[Tensor]) -> int:
+    """Floating-point operations of a step without image prompt: 2 for each multiply-add."""
+    meta = UNet2DConditionModel.from_config(unet.config).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        meta(*(tensor.to("meta") for tensor in inputs))
+    return int(counter.get_total_flops())
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
@@ -92,35 +131,53 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str,
 
 @click.command()
 @click.option("--base", type=click.Path(path_type=Path, exists=True), required=True, help="diffusers pipeline folder.")
+@click.option("--adapter", type=click.Path(path_type=Path, exists=True), required=True, help="IP-Adapter file.")
 @click.option("--bundle", type=click.Path(path_type=Path, exists=True), required=True, help="Its FP32 bundle.")
 @click.option("--batch", default=2, help="UNet batch: 2 is one picture with guidance.")
 @click.option("--size", default=512, help="Pixels.")
 @click.option("--rounds", default=7, help="Counted rounds.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("out"), help="Folder for step_speed.json.")
-def main(base: Path, bundle: Path, batch: int, size: int, rounds: int, output: Path) -> None:
+def main(base: Path, adapter: Path, bundle: Path, batch: int, size: int, rounds: int, output: Path) -> None:
     """Compare and print; the record goes to OUTPUT."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     rng = np.random.default_rng(0)
     free = {"batch": batch, "latent_height": size // 8, "latent_width": size // 8, "tokens": TOKENS}
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=torch.float32).eval()
+    opened = Bundle.open(bundle)
+    weights = read_adapter(adapter, opened.manifest.kv_layout, manifest_dimensions(opened.manifest))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        hoisted = stack.enter_context(Bundle.open(bundle).open_component("unet", "onnxruntime"))
+        hoisted = stack.enter_context(opened.open_component("unet", "onnxruntime"))
         plain = stack.enter_context(plain_engine(unet, unet.config.cross_attention_dim, folder))
         plain_inputs = random_inputs(plain.spec, free, rng)
         hoisted_inputs = random_inputs(hoisted.spec, free, rng)
-        tensors = {name: torch.from_numpy(array) for name, array in plain_inputs.items()}
+        sample, timestep, states = map(torch.from_numpy, plain_inputs.values())
+        flops = operations(unet, (sample, timestep, states))
+        matrix = torch.randn(MATRIX, MATRIX)
+        processors = unet.attn_processors
+        step = DiffusersStep(unet, weights)
+        with_image = unet.attn_processors
+        embeds = rng.standard_normal((batch, weights.projection["proj.weight"].shape[1]), np.float32)
 
         @torch.inference_mode()
-        def eager() -> torch.Tensor:
-            return unet(**tensors).sample  # type: ignore[no-any-return]
+        def eager() -> None:
+            unet.set_attn_processor(dict(processors))
+            unet(sample, timestep, states)
+
+        def eager_with_image() -> None:
+            unet.set_attn_processor(dict(with_image))
+            step({**plain_inputs, "image_embeds": embeds}, 1.0)
 
         contenders = {
             "torch_eager": eager,
-            "onnxruntime_plain": lambda: plain(**plain_inputs),
+            "torch_eager_ip_adapter": eager_with_image,
+            "onnxruntime_without_image": lambda: plain(**plain_inputs),
             "onnxruntime_hoisted": lambda: hoisted(**hoisted_inputs),
+            "matrix_product": lambda: matrix @ matrix,
         }
         seconds = interleave(contenders, rounds)
+    gflops = 2 * MATRIX**3 / statistics.median(seconds["matrix_product"]) / 1e9
+    ours = seconds["onnxruntime_hoisted"]
     record = {
         "command": "python -m ipa.benchmarks.step_speed",
         "model": "SD1.5, random weights, FP32" if unet.config.cross_attention_dim == 768 else base.name,
@@ -132,8 +189,12 @@ def main(base: Path, bundle: Path, batch: int, size: int, rounds: int, output: P
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("ipa-runtime", "torch", "diffusers", "onnxruntime")},
         "seconds_median": {name: statistics.median(values) for name, values in seconds.items()},
-        "speedup_over_torch_eager": ratio(seconds["torch_eager"], seconds["onnxruntime_hoisted"]),
-        "hoisted_over_plain_graph": ratio(seconds["onnxruntime_hoisted"], seconds["onnxruntime_plain"]),
+        "speedup_over_torch_eager": ratio(seconds["torch_eager"], ours),
+        "speedup_over_torch_eager_ip_adapter": ratio(seconds["torch_eager_ip_adapter"], ours),
+        "with_over_without_image": ratio(ours, seconds["onnxruntime_without_image"]),
+        "step_gflop": flops / 1e9,
+        "matrix_product_gflops": gflops,
+        "seconds_at_that_rate": flops / 1e9 / gflops,
     }
     text = json.dumps(record, indent=1)
     output.mkdir(parents=True, exist_ok=True)
