@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ipa.engines.errors import BundleError, IpaError
 from ipa.engines.manifest import FILE_NAME, Manifest
+from ipa.trainer.files import atomic_path, sync_file, sync_folder
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -85,32 +86,14 @@ def update_manifest(root: Path, change: Callable[[Manifest], Manifest]) -> Manif
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it has its old content or the new one, never a part."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync(path.parent)
+    with atomic_path(path) as partial:
+        partial.write_text(text, "utf-8")
 
 
 def sync_tree(folder: Path) -> None:
     """Bring every file and folder of a tree to the disk."""
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_file(path)
 
 
 def _put_in_place(staging: Path, target: Path, force: bool) -> None:
@@ -123,7 +106,7 @@ def _put_in_place(staging: Path, target: Path, force: bool) -> None:
         target.rename(aside)
         staging.rename(target)
         shutil.rmtree(aside.parent)
-    _sync(target.parent)
+    sync_folder(target.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -15,6 +15,7 @@ from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.engine import Array, Engine
 from ipa.engines.errors import EngineError, IpaError
 from ipa.engines.manifest import Manifest
+from ipa.engines.packed_kv import no_image_kv, scale_values
 from ipa.engines.spec import KVLayout
 from ipa.export.adapters import AdapterFile, AdapterWeights, BaseAdapter, read_adapter
 from ipa.export.cases import cases, step_inputs
@@ -142,11 +143,10 @@ class _Chain:
     def __call__(self, inputs: Mapping[str, Array], adapter: Engine | None = None, scale: float = 0.0) -> Array:
         text_kv = self.text_kv(encoder_hidden_states=inputs["encoder_hidden_states"])["text_kv"]
         if adapter is None:
-            image_kv = np.zeros((len(text_kv), 1, self._layout.size), text_kv.dtype)
+            image_kv = np.repeat(no_image_kv(self._layout, str(text_kv.dtype)), len(text_kv), axis=0)
         else:
             image_kv = adapter(image_embeds=inputs["image_embeds"])["image_kv"]
-            for values in self._layout.value_slices():
-                image_kv[..., values] *= image_kv.dtype.type(scale)
+            image_kv = scale_values(image_kv, self._layout, scale)
         step = self.unet(sample=inputs["sample"], timestep=inputs["timestep"], text_kv=text_kv, image_kv=image_kv)
         return step["noise_pred"]
 

@@ -18,8 +18,9 @@ from PIL import Image
 from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Engine
 from ipa.engines.errors import BundleError
+from ipa.engines.packed_kv import no_image_kv, scale_values
 from ipa.engines.registry import resolve_engine
-from ipa.runtime.conditioning import guidance_batch, no_image_kv, scale_values
+from ipa.runtime.conditioning import guidance_batch
 from ipa.runtime.denoise import Step, denoise
 from ipa.runtime.images import open_image, preprocess, to_images
 from ipa.runtime.noise import TorchGenerator
