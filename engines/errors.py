@@ -15,3 +15,8 @@ class EngineError(IpaError):
 
 class RequestError(IpaError):
     """A request (image, prompt, number or path) cannot be carried out as given."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's message says before it goes into details."""
+    return str(error).strip().partition("\n")[0]

@@ -9,20 +9,12 @@ from typing import Self
 
 import onnxruntime as ort
 
+from ipa.engines.cores import available_cores
 from ipa.engines.engine import Array, check_finite, check_inputs
-from ipa.engines.errors import EngineError
+from ipa.engines.errors import EngineError, first_line
 from ipa.engines.spec import ComponentSpec
 
 _SEVERITY_ERROR = 3
-
-
-def _threads() -> int:
-    """Cores this process may use; onnxruntime itself counts the machine's, ignoring affinity and containers."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 class OnnxRuntimeEngine:
@@ -42,14 +34,14 @@ class OnnxRuntimeEngine:
         self.component = component
         self.spec = spec
         options = ort.SessionOptions()
-        options.intra_op_num_threads = _threads()
+        options.intra_op_num_threads = available_cores()
         options.log_severity_level = _SEVERITY_ERROR
         try:
             self._session: ort.InferenceSession | None = ort.InferenceSession(
                 os.fspath(path), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise EngineError(f"{component}: onnxruntime cannot load {path}: {_first_line(error)}") from error
+            raise EngineError(f"{component}: onnxruntime cannot load {path}: {first_line(error)}") from error
         found = [tensor.name for tensor in self._session.get_inputs()]
         expected = [tensor.name for tensor in spec.inputs]
         if found != expected:
@@ -64,7 +56,7 @@ class OnnxRuntimeEngine:
         try:
             arrays = self._session.run(self._outputs, inputs)
         except Exception as error:
-            raise EngineError(f"{self.component}: onnxruntime failed: {_first_line(error)}") from error
+            raise EngineError(f"{self.component}: onnxruntime failed: {first_line(error)}") from error
         outputs = dict(zip(self._outputs, arrays, strict=True))
         check_finite(self.component, outputs)
         return outputs

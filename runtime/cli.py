@@ -30,7 +30,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.option("--width", type=int, metavar="W", help="Pixels, a multiple of 8.")
 @click.option("--scheduler", metavar="ddim|pndm", help="Noise scheduler.  [default: the bundle's]")
 @click.option("--eta", type=float, metavar="E", help="Noise added back at each DDIM step, 0 to 1.  [default: 0]")
-@click.option("--engine", default="auto", metavar="auto|onnxruntime", help="Inference back-end.  [default: auto]")
+@click.option("--engine", metavar="auto|openvino|onnxruntime", help="Inference back-end.  [default: auto]")
 @click.option("--output", metavar="FILE_OR_DIR", help="A .png file, or a folder.  [default: the current folder]")
 @click.option("--from", "source", metavar="PNG", help="Make a picture of ours again; other options override its own.")
 @click.option("--no-metadata", is_flag=True, help="Write PNG files without the request.")
@@ -39,7 +39,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.version_option(version("ipa-runtime"), prog_name="ipa-run")
 def run(
     bundle: str | None,
-    engine: str,
+    engine: str | None,
     output: str | None,
     source: str | None,
     no_metadata: bool,
@@ -56,6 +56,8 @@ def run(
     given = {name: value for name, value in fields.items() if value is not None}
     job = Job.plan(given, bundle=bundle, engine=engine, output=output, source=source)
     report = job.run(has_metadata=not no_metadata, show=_progress)
+    if job.engine == "auto" and sys.stderr.isatty():
+        click.echo(f"ipa-run: engine {report.engine}", err=True)
     for warning in report.warnings:
         click.echo(f"ipa-run: warning: {warning}", err=True)
     if output_format == "json":

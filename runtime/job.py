@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from ipa.engines.bundle import hash_file
 from ipa.engines.errors import RequestError
-from ipa.engines.manifest import Manifest
+from ipa.engines.registry import Choice, is_installed
 from ipa.runtime.demo import demo_bundle
 from ipa.runtime.denoise import Step
 from ipa.runtime.metadata import pnginfo, read_request
@@ -27,7 +27,7 @@ class Report:
 
     paths: list[Path]
     result: Result
-    engine: str
+    engine: Choice
     bundle: str
     warnings: list[str]
 
@@ -37,7 +37,8 @@ class Report:
             "images": [str(path) for path in self.paths],
             "request": request_record(self.result.request),
             "bundle": self.bundle,
-            "engine": self.engine,
+            "engine": self.engine.name,
+            "engine_reason": self.engine.reason,
             "warnings": self.warnings,
             "seconds": self.result.seconds,
             "steps_per_second": self.result.steps_per_second,
@@ -64,7 +65,7 @@ class Job:
 
     @classmethod
     def plan(
-        cls, given: Mapping[str, Any], *, bundle: str | None, engine: str, output: str | None, source: str | None
+        cls, given: Mapping[str, Any], *, bundle: str | None, engine: str | None, output: str | None, source: str | None
     ) -> Self:
         """Check everything that can be checked before a model is opened.
 
@@ -85,13 +86,16 @@ class Job:
         warnings = []
         if "image_sha256" in recorded and "image" not in given and _image_hash(request) != recorded["image_sha256"]:
             warnings.append(f"{request.image} is not the image that {source} was made with; the result will differ")
+        if engine is None and (engine := recorded.get("engine")) is not None and not is_installed(engine):
+            warnings.append(f"{source} was made with the engine '{engine}', which is not installed; small differences")
+            engine = None
         folder = bundle if bundle is not None else recorded.get("bundle")
         target = Path(output) if output is not None else Path()
         check_writable(target)
         return cls(
             request,
             None if folder is None else Path(str(folder)),
-            engine,
+            engine or "auto",
             target,
             tuple(warnings),
             recorded.get("unet_sha256") if bundle is None else None,
@@ -117,7 +121,7 @@ class Job:
             finally:
                 if bar is not None:
                     bar.close()
-            origin, engine = self._origin(pipeline.manifest), pipeline.engine
+            origin, engine = self._origin(pipeline), pipeline.choice
         warnings = [*self.warnings, *result.warnings]
         if self.unet_sha256 not in (None, origin["unet_sha256"]):
             warnings.append("the bundle's UNet is not the one that made the picture; the result will differ")
@@ -131,12 +135,13 @@ class Job:
             write_png(image, path, info)
         return Report(paths, result, engine, str(self.bundle or "demo"), warnings)
 
-    def _origin(self, manifest: Manifest) -> dict[str, Any]:
-        """What else decided the pictures: the models, by hash, and the image's content."""
+    def _origin(self, pipeline: Pipeline) -> dict[str, Any]:
+        """What else decided the pictures: models by hash, the engine, and the image's content."""
         return {
             "bundle": None if self.bundle is None else str(self.bundle),
             "image_sha256": _image_hash(self.request),
-            "unet_sha256": manifest.components["unet"].files[-1].sha256,
+            "unet_sha256": pipeline.manifest.components["unet"].files[-1].sha256,
+            "engine": pipeline.engine,
             "version": version("ipa-runtime"),
         }
 

@@ -62,7 +62,8 @@ class Pipeline:
     def __init__(self, bundle: Bundle, engine: str = "auto") -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self.engine = resolve_engine(engine)
+        self.choice = resolve_engine(engine)
+        self.engine = self.choice.name
         self._stack = ExitStack()
         self._engines: dict[str, Engine] = {}
         self._tokenizer = Tokenizer.open(bundle.file(self.manifest.tokenizer), self.manifest.text_tokens)

@@ -42,7 +42,7 @@ def oracle(tiny_base: Path, tiny_adapter_file: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_bundle: Path) -> Iterator[Pipeline]:
-    with Pipeline.open(tiny_bundle) as pipe:
+    with Pipeline.open(tiny_bundle, engine="onnxruntime") as pipe:
         yield pipe
 
 

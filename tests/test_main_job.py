@@ -88,6 +88,7 @@ def test_a_trained_adapter_draws_what_diffusers_draws(
         "height": 64,
         "width": 72,
         "scheduler": "ddim",
+        "engine": "onnxruntime",
         "output": tmp_path / "ours.png",
     }
     command("ipa-run", *(part for name, value in request.items() for part in (f"--{name}", value)))

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ipa.engines.registry import Backend
 from ipa.runtime import Pipeline
 from ipa.runtime.cli import main
 
@@ -41,6 +42,8 @@ def ipa_run(
         argv = ["ipa-run", *map(str, arguments)]
         if "--from" not in argv and "--bundle" not in argv:
             argv += ["--bundle", str(bundle)]
+        if "--from" not in argv and "--engine" not in argv:
+            argv += ["--engine", "onnxruntime"]  # the same bits everywhere; with --from the recorded one is taken
         monkeypatch.setattr(sys, "argv", argv)
         monkeypatch.chdir(tmp_path)
         code = 0
@@ -94,6 +97,36 @@ def test_several_images_into_a_folder_and_one_of_them_again(ipa_run: Run, refere
     difference = np.abs(pixels(second).astype(int) - pixels(tmp_path / "again.png").astype(int))
     assert difference.max() <= 1  # alone instead of in a batch of three: another order of sums
     assert np.abs(pixels(second).astype(int) - pixels(Path(record["images"][0])).astype(int)).max() > 1
+
+
+def test_from_takes_the_engine_that_made_the_picture(
+    ipa_run: Run, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, again, third = (tmp_path / f"{name}.png" for name in ("first", "again", "third"))
+    ipa_run("--image", reference, "--prompt", "a cat", *SMALL, "--engine", "openvino", "--seed", 2, "--output", first)
+    code, out, err = ipa_run("--from", first, "--output", again, "--format", "json")
+    assert (code, err, json.loads(out)["engine"]) == (0, "", "openvino")
+    np.testing.assert_array_equal(pixels(first), pixels(again))
+
+    monkeypatch.setattr(Backend, "is_installed", property(lambda self: self.name == "onnxruntime"))
+    code, out, err = ipa_run("--from", first, "--output", third, "--format", "json")
+    assert (code, json.loads(out)["engine"]) == (0, "onnxruntime")
+    assert "made with the engine 'openvino', which is not installed" in err
+
+
+def test_auto_says_which_engine_and_why(
+    ipa_run: Run, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--image", reference, *SMALL, "--output", tmp_path / "x.png", "--format", "json", "--engine", "auto"]
+    record = json.loads(ipa_run(*arguments)[1])
+    assert record["engine"] == "openvino"
+    assert "fastest that is installed" in record["engine_reason"]
+    monkeypatch.setattr(Backend, "is_installed", property(lambda self: self.name == "onnxruntime"))
+    record = json.loads(ipa_run(*arguments)[1])
+    assert record["engine"] == "onnxruntime"
+    assert "faster: `pip install 'ipa-runtime[openvino]'`" in record["engine_reason"]
+    monkeypatch.setattr(Backend, "is_installed", False)
+    assert "no engine is installed: run `pip install 'ipa-runtime[onnxruntime]'`" in refused(ipa_run(*arguments))
 
 
 def test_from_takes_overrides_and_notices_another_image(ipa_run: Run, reference: Path, tmp_path: Path) -> None:
@@ -232,7 +265,7 @@ def test_images_that_cannot_be_read(ipa_run: Run, tmp_path: Path, make: Callable
         (["--scheduler", "karras"], "unknown scheduler 'karras', expected one of ddim, pndm"),
         (["--eta", 2], "eta is 2.0, expected 0 to 1"),
         (["--eta", 0.5, "--scheduler", "pndm"], "eta"),
-        (["--engine", "warp"], "unknown engine 'warp', expected one of auto, onnxruntime"),
+        (["--engine", "warp"], "unknown engine 'warp', expected one of auto, openvino, onnxruntime"),
         (["--adapter", "nobody"], "has no adapter 'nobody'"),
         (["--output", "nowhere/deep/x.png"], "there is no folder"),
         (["--output", "x.jpg"], "x.png"),
