@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ def test_every_component_agrees_with_onnxruntime(tiny_bundle: Path, component: s
         bundle.open_component(component, "openvino") as engine,
     ):
         assert isinstance(engine, OpenVinoEngine)
-        limit = BF16_ERROR if engine.precision == "bf16" else F32_ERROR
+        limit = BF16_ERROR if engine.precision == "bfloat16" else F32_ERROR
         for case, inputs in cases(engine.spec, 8, 500):
             expected, found = reference(**inputs), engine(**inputs)
             for name, array in expected.items():
@@ -53,7 +55,7 @@ def test_bfloat16_is_for_what_takes_the_time(tiny_bundle: Path) -> None:
     for component, is_half in (("unet", has_bfloat16()), ("text_encoder", False)):
         with bundle.open_component(component, "openvino") as engine:
             assert isinstance(engine, OpenVinoEngine)
-            assert engine.precision == ("bf16" if is_half else "f32")
+            assert engine.precision == ("bfloat16" if is_half else "float32")
 
 
 def test_whole_runs_keep_35_db(image: Image.Image) -> None:
@@ -88,3 +90,28 @@ def test_outputs_belong_to_the_caller(tiny_bundle: Path) -> None:
         kept = first.copy()
         engine(latents=np.ones((1, 4, 8, 8), np.float32))
     np.testing.assert_array_equal(first, kept)
+
+
+SIGNAL_AFTER_CLOSING = """
+import signal, sys
+from pathlib import Path
+import numpy as np
+from ipa.engines.bundle import Bundle
+
+bundle = Bundle.open(Path(sys.argv[1]), verify=False)
+first, second = (bundle.open_component("vae_decoder", "openvino") for _ in range(2))
+for engine in (first, second):
+    engine(latents=np.zeros((1, 4, 8, 8), np.float32))
+first.close()
+del first
+second.close()
+del second, engine
+signal.signal(signal.SIGINT, lambda *_: print("alive"))
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_signals_arrive_after_engines_were_closed_in_any_order(tiny_bundle: Path) -> None:
+    command = [sys.executable, "-c", SIGNAL_AFTER_CLOSING, str(tiny_bundle)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "alive\n"), result.stderr
