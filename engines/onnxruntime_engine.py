@@ -18,7 +18,9 @@ _SEVERITY_ERROR = 3
 
 
 class OnnxRuntimeEngine:
-    """One graph in an onnxruntime CPU session."""
+    """One graph in an onnxruntime CPU session; where a graph is float16, onnxruntime computes in float32."""
+
+    precision = "float32"
 
     def __init__(self, component: str, spec: ComponentSpec, path: Path) -> None:
         """Open the graph.

@@ -138,21 +138,27 @@ def adapter(bundle: Path, adapter: str, opset: int, is_default: bool, force: boo
 @click.option("--base", required=True, metavar="DIR_OR_ID", help="Pipeline that it was made of.")
 @click.option("--adapter", "adapters", multiple=True, metavar="[NAME=]FILE", help="Adapter that is in it.")
 @click.option("--image-encoder", metavar="DIR_OR_ID", help="CLIP vision model; default: the pipeline's own.")
-def validate(bundle: Path, base: str, adapters: tuple[str, ...], image_encoder: str | None) -> None:
-    """Compare every component and the whole step with PyTorch; write the figures into the bundle."""
+@click.option("--engine", default="onnxruntime", show_default=True, metavar="NAME", help="Back-end to compare.")
+def validate(bundle: Path, base: str, adapters: tuple[str, ...], image_encoder: str | None, engine: str) -> None:
+    """Compare every component, the whole step and a whole run with PyTorch.
+
+    The figures of onnxruntime are written into the bundle; those of other engines belong to this machine and are
+    printed alone.
+    """
     from ipa.export.quiet import quiet_libraries
 
     quiet_libraries()
     from ipa.export.adapters import AdapterFile
     from ipa.export.progress import progress
-    from ipa.export.validate import Validator, record
+    from ipa.export.validate import REFERENCE_ENGINE, Validator, record
 
-    validator = Validator(bundle, base, image_encoder, tuple(map(AdapterFile.parse, adapters)))
-    with progress("validate", total=7 + len(adapters)) as show:
+    validator = Validator(bundle, base, image_encoder, tuple(map(AdapterFile.parse, adapters)), engine)
+    with progress("validate", total=8 + len(adapters)) as show:
         checks = list(validator.run(show))
     for check in checks:
         click.echo(check)
-    record(bundle, checks, validator.bundle.manifest)
+    if validator.engine == REFERENCE_ENGINE:
+        record(bundle, checks, validator.bundle.manifest)
     failed = [check.name for check in checks if not check.passed]
     if failed:
         click.echo(f"ipa-export: {bundle} differs from its models in: {'; '.join(failed)}", err=True)

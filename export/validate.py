@@ -1,8 +1,9 @@
-"""Proof that a bundle's graphs compute what the PyTorch models do, on onnxruntime."""
+"""Proof that a bundle's graphs compute what the PyTorch models do, in one of the back-ends."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +17,11 @@ from ipa.engines.engine import Array, Engine
 from ipa.engines.errors import EngineError, IpaError
 from ipa.engines.manifest import Manifest
 from ipa.engines.packed_kv import no_image_kv, scale_values
+from ipa.engines.registry import resolve_engine
 from ipa.engines.spec import KVLayout
 from ipa.export.adapters import AdapterFile, AdapterWeights, BaseAdapter, read_adapter
 from ipa.export.cases import cases, step_inputs
-from ipa.export.checks import TOLERANCES, Check, agreement, change, failure, worst
+from ipa.export.checks import TOLERANCES, Check, agreement, change, failure, picture, worst
 from ipa.export.dimensions import manifest_dimensions
 from ipa.export.graphs import component_modules
 from ipa.export.oracle import DiffusersStep
@@ -27,20 +29,31 @@ from ipa.export.pipeline import BasePipeline
 from ipa.export.progress import Progress, silent
 from ipa.export.publish import locked_bundle, update_manifest
 from ipa.export.versions import created_by
+from ipa.export.whole_run import WholeRun
 
-_ENGINE = "onnxruntime"
+REFERENCE_ENGINE = "onnxruntime"  # whose figures are kept in the bundle
 _SCALES = (1.0, 0.6, 1.3)
 
 
 class Validator:
     """Compares one bundle with the models it was made of."""
 
-    def __init__(self, root: Path, base: str, image_encoder: str | None, adapters: Sequence[AdapterFile]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        base: str,
+        image_encoder: str | None,
+        adapters: Sequence[AdapterFile],
+        engine: str = REFERENCE_ENGINE,
+    ) -> None:
         """Open the bundle and read the adapter files.
 
+        Args:
+            engine: back-end to compare, one of `ipa.engines.registry.ENGINE_NAMES`.
         Raises:
             IpaError: the bundle is damaged, or base model or adapters are not the kind of the bundle's.
         """
+        self.engine = resolve_engine(engine).name
         self.bundle = Bundle.open(root)
         self.base = BasePipeline(base, image_encoder)
         manifest = self.bundle.manifest
@@ -49,25 +62,30 @@ class Validator:
             _bundle_name(self.bundle, file): read_adapter(file.path, manifest.kv_layout, dimensions)
             for file in adapters
         }
-        self._tolerance = TOLERANCES[manifest.components["unet"].dtype]
         self._vocabulary = int(self.base.text_config["vocab_size"])
 
     def run(self, progress: Progress = silent) -> Iterator[Check]:
         """All checks: every component, then the whole step."""
         for name, module in component_modules(self.base):
             progress(name)
-            with self.bundle.open_component(name, _ENGINE) as engine:
+            with self.bundle.open_component(name, self.engine) as engine:
                 yield self._component(name, engine, module)
         for name, weights in self._adapters.items():
             progress(f"ip_adapter/{name}")
-            with self.bundle.open_component(f"ip_adapter/{name}", _ENGINE) as engine:
+            with self.bundle.open_component(f"ip_adapter/{name}", self.engine) as engine:
                 yield self._component(f"ip_adapter/{name}", engine, BaseAdapter(weights))
         progress("step")
         yield from self._steps()
+        progress("run")
+        yield from self._runs()
+
+    def _tolerance(self, engine: Engine) -> float:
+        """What the coarser of stored weights and arithmetic allows."""
+        return max(TOLERANCES[engine.spec.outputs[0].dtype], TOLERANCES[engine.precision])
 
     def _component(self, name: str, engine: Engine, module: nn.Module) -> Check:
         module.eval()
-        checks = []
+        checks, tolerance = [], self._tolerance(engine)
         for case, inputs in cases(engine.spec, self.bundle.manifest.vae.downscale, self._vocabulary):
             with torch.no_grad():
                 result = module(*(_tensor(inputs[tensor.name]) for tensor in engine.spec.inputs))
@@ -75,42 +93,40 @@ class Validator:
             names = [tensor.name for tensor in engine.spec.outputs]
             expected = {output: value.numpy() for output, value in zip(names, outputs, strict=True)}
             try:
-                checks.append(agreement(name, case, engine(**inputs), expected, self._tolerance))
+                checks.append(agreement(name, case, engine(**inputs), expected, tolerance))
             except EngineError as error:
-                return failure(name, f"{case}: {error}", self._tolerance)
+                return failure(name, f"{case}: {error}", tolerance)
         return worst(checks)
 
     def _steps(self) -> Iterator[Check]:
-        chain = _Chain(self.bundle)
+        chain = Chain(self.bundle, self.engine)
+        tolerance = self._tolerance(chain.unet)
         with chain.text_kv, chain.unet:
             try:
                 base_model = DiffusersStep(self.base.load_unet(), None)
                 pairs = [
-                    agreement(
-                        "step, no adapter", case, {"": chain(inputs)}, {"": base_model(inputs, 0.0)}, self._tolerance
-                    )
+                    agreement("step, no adapter", case, {"": chain(inputs)}, {"": base_model(inputs, 0.0)}, tolerance)
                     for case, inputs in step_inputs(self.bundle.manifest)
                 ]
                 yield worst(pairs)
             except EngineError as error:
-                yield failure("step, no adapter", str(error), self._tolerance)
+                yield failure("step, no adapter", str(error), tolerance)
                 return
             for name, weights in self._adapters.items():
-                with self.bundle.open_component(f"ip_adapter/{name}", _ENGINE) as adapter:
+                with self.bundle.open_component(f"ip_adapter/{name}", self.engine) as adapter:
                     try:
                         yield from self._adapter_steps(name, weights, chain, adapter)
                     except EngineError as error:
-                        yield failure(f"step, {name}", str(error), self._tolerance)
+                        yield failure(f"step, {name}", str(error), tolerance)
 
-    def _adapter_steps(self, name: str, weights: AdapterWeights, chain: _Chain, adapter: Engine) -> Iterator[Check]:
+    def _adapter_steps(self, name: str, weights: AdapterWeights, chain: Chain, adapter: Engine) -> Iterator[Check]:
+        tolerance = self._tolerance(chain.unet)
         model = DiffusersStep(self.base.load_unet(), weights)
         checks, zero_scale = [], []
         for case, inputs in step_inputs(self.bundle.manifest):
             without = model(inputs, 0.0)
             zero_scale.append(
-                agreement(
-                    f"step, {name}, scale 0", case, {"": chain(inputs, adapter, 0.0)}, {"": without}, self._tolerance
-                )
+                agreement(f"step, {name}, scale 0", case, {"": chain(inputs, adapter, 0.0)}, {"": without}, tolerance)
             )
             for scale in _SCALES:
                 found = chain(inputs, adapter, scale)
@@ -120,25 +136,45 @@ class Validator:
                         f"{case}, scale {scale}",
                         {"": found},
                         {"": model(inputs, scale)},
-                        self._tolerance,
+                        tolerance,
                     )
                 )
-        yield worst(checks)
+        yield (largest := worst(checks))
         yield worst(zero_scale)
         _, inputs = next(step_inputs(self.bundle.manifest))
         output = chain(inputs, adapter, 1.0)
         other = {**inputs, "image_embeds": -inputs["image_embeds"]}
-        yield change(f"step, {name}, moves with image", output, chain(other, adapter, 1.0), self._tolerance)
-        yield change(f"step, {name}, moves with scale", output, chain(inputs, adapter, 0.0), self._tolerance)
+        yield change(f"step, {name}, moves with image", output, chain(other, adapter, 1.0), largest.relative_error)
+        yield change(f"step, {name}, moves with scale", output, chain(inputs, adapter, 0.0), largest.relative_error)
+
+    def _runs(self) -> Iterator[Check]:
+        run = WholeRun(self.bundle.manifest, self.base)
+        yield self._run(run, "run, no adapter", None)
+        for name, weights in self._adapters.items():
+            yield self._run(run, f"run, {name}", weights, f"ip_adapter/{name}")
+
+    def _run(self, run: WholeRun, name: str, weights: AdapterWeights | None, component: str | None = None) -> Check:
+        expected, disturbed = run.reference(weights)
+        chain = Chain(self.bundle, self.engine)
+        with ExitStack() as stack:
+            stack.enter_context(chain.text_kv)
+            stack.enter_context(chain.unet)
+            decoder = stack.enter_context(self.bundle.open_component("vae_decoder", self.engine))
+            adapter = component and stack.enter_context(self.bundle.open_component(component, self.engine))
+            try:
+                found = run.with_engines(lambda inputs: chain(inputs, adapter or None, 1.0), decoder)
+            except EngineError as error:
+                return failure(name, str(error), 0.0)
+        return picture(name, run.case, found, expected, disturbed)
 
 
-class _Chain:
+class Chain:
     """The bundle's side of a step: text and image to keys and values, scaled, into the UNet."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, engine: str) -> None:
         self._layout: KVLayout = bundle.manifest.kv_layout
-        self.text_kv = bundle.open_component("text_kv", _ENGINE)
-        self.unet = bundle.open_component("unet", _ENGINE)
+        self.text_kv = bundle.open_component("text_kv", engine)
+        self.unet = bundle.open_component("unet", engine)
 
     def __call__(self, inputs: Mapping[str, Array], adapter: Engine | None = None, scale: float = 0.0) -> Array:
         text_kv = self.text_kv(encoder_hidden_states=inputs["encoder_hidden_states"])["text_kv"]
@@ -161,7 +197,7 @@ def record(root: Path, checks: Sequence[Check], source: Manifest) -> None:
     """
     figures = {
         "passed": all(check.passed for check in checks),
-        "engine": f"{_ENGINE} {version('onnxruntime')}",
+        "engine": f"{REFERENCE_ENGINE} {version('onnxruntime')}",
         "versions": created_by(),
         "checks": [_finite(asdict(check)) for check in checks],
     }

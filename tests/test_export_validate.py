@@ -21,7 +21,7 @@ from tiny import EMBED_WIDTH, TEXT_WIDTH
 
 from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.manifest import FILE_NAME, ComponentRecord, FileRecord, Manifest
-from ipa.export.checks import TOLERANCES, agreement, change, worst
+from ipa.export.checks import TOLERANCES, agreement, change, picture, worst
 from ipa.export.cli import main
 
 
@@ -39,10 +39,10 @@ def tamper(bundle: Path, component: str) -> None:
     (bundle / FILE_NAME).write_text(manifest.to_json())
 
 
-def validate(bundle: Path, base: Path, adapter: Path) -> Any:
-    return CliRunner().invoke(
-        main, ["validate", "--bundle", str(bundle), "--base", str(base), "--adapter", str(adapter)]
-    )
+def validate(bundle: Path, base: Path, adapter: Path, engine: str = "onnxruntime") -> Any:
+    arguments = {"bundle": bundle, "base": base, "adapter": f"tiny={adapter}", "engine": engine}
+    parts = (part for name, value in arguments.items() for part in (f"--{name}", str(value)))
+    return CliRunner().invoke(main, ["validate", *parts])
 
 
 def test_faithful_bundle_passes(tiny_bundle: Path, tiny_base: Path, tiny_adapter_file: Path, tmp_path: Path) -> None:
@@ -52,8 +52,8 @@ def test_faithful_bundle_passes(tiny_bundle: Path, tiny_base: Path, tiny_adapter
     figures = Bundle.open(bundle).manifest.validation
     assert figures["passed"] is True
     names = [check["name"] for check in figures["checks"]]
-    assert {"unet", "vae_encoder", "ip_adapter/tiny", "step, tiny", "step, tiny, scale 0"} <= set(names)
-    assert "12 of 12 checks passed" in CliRunner().invoke(main, ["inspect", str(bundle)]).stdout
+    assert {"unet", "vae_encoder", "ip_adapter/tiny", "step, tiny", "step, tiny, scale 0", "run, tiny"} <= set(names)
+    assert "14 of 14 checks passed" in CliRunner().invoke(main, ["inspect", str(bundle)]).stdout
 
 
 def test_tampered_weights_fail(tiny_bundle: Path, tiny_base: Path, tiny_adapter_file: Path, tmp_path: Path) -> None:
@@ -63,6 +63,19 @@ def test_tampered_weights_fail(tiny_bundle: Path, tiny_base: Path, tiny_adapter_
     assert result.exit_code == 1
     assert "differs from its models in: text_kv; step" in result.stderr.splitlines()[-1]
     assert Bundle.open(bundle).manifest.validation["passed"] is False
+
+
+def test_pictures_below_35_db_fail() -> None:
+    grey = np.full((3, 8, 8), 0.5)
+    assert picture("x", "", grey, grey, grey).passed
+    near = picture("x", "", grey + 10 ** (-36 / 20), grey, grey)  # an error of e everywhere: -20 log10(e) dB
+    far = picture("x", "", grey + 10 ** (-34 / 20), grey, grey)
+    assert (near.psnr, near.passed) == (pytest.approx(36), True)
+    assert (far.psnr, far.passed) == (pytest.approx(34), False)
+    assert "psnr 34.0 >= 35 dB" in str(far)
+    chaotic = picture("x", "", grey + 10 ** (-34 / 20), grey, disturbed=grey + 10 ** (-20 / 20))
+    assert chaotic.passed
+    assert "not judged: 1e-3 more noise alone gives 20.0 dB" in str(chaotic)
 
 
 def test_agreement_is_measured_in_all_outputs() -> None:
@@ -102,6 +115,28 @@ def step_inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     }
     inputs = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     return {**inputs, "timestep": torch.tensor(981.0)}
+
+
+@pytest.mark.parametrize(("kind", "engine"), [("half", "onnxruntime"), ("half", "openvino"), ("full", "openvino")])
+def test_every_engine_and_precision_passes(
+    half_bundle: Path,
+    tiny_bundle: Path,
+    tiny_base: Path,
+    tiny_adapter_file: Path,
+    tmp_path: Path,
+    kind: str,
+    engine: str,
+) -> None:
+    source = half_bundle / "bundle" if kind == "half" else tiny_bundle
+    bundle = Path(shutil.copytree(source, tmp_path / "bundle"))
+    result = validate(bundle, tiny_base, tiny_adapter_file, engine)
+    assert result.exit_code == 0, result.output
+    runs = [line for line in result.stdout.splitlines() if " run, " in line]
+    assert len(runs) == 2
+    assert all("psnr" in line for line in runs)
+    assert bool(Bundle.open(bundle).manifest.validation) == (engine == "onnxruntime"), (
+        "other engines are this machine's"
+    )
 
 
 def test_half_precision_stays_near(half_bundle: Path, tiny_base: Path) -> None:

@@ -1,0 +1,102 @@
+"""A whole denoising run, once with PyTorch and once with a bundle's engines, from the same noise and conditions.
+
+The conditions are what the real encoders make of random token ids and a random picture, so their size is real. Small
+differences of a step grow over a run: this is what a user sees of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+
+from ipa.engines.engine import Array, Engine
+from ipa.engines.manifest import Manifest
+from ipa.export.adapters import AdapterWeights
+from ipa.export.oracle import DiffusersStep
+from ipa.export.pipeline import BasePipeline
+
+STEPS = 20
+DISTURBANCE = 1e-3
+_LARGEST = 32  # latents a side: a full-size model needs minutes for this on a CPU already
+
+StepFunction = Callable[[Mapping[str, Array]], Array]
+
+
+class WholeRun:
+    """DDIM with guidance, one picture."""
+
+    def __init__(self, manifest: Manifest, base: BasePipeline) -> None:
+        """Draw noise and conditions.
+
+        Args:
+            manifest: of the bundle, for its sizes and defaults.
+            base: the PyTorch models.
+        """
+        self._base = base
+        self._defaults, self._scaling_factor = manifest.defaults, np.float32(manifest.vae.scaling_factor)
+        self._dtype = manifest.components["unet"].dtype
+        height, width = (
+            min(size // manifest.vae.downscale, _LARGEST) for size in (self._defaults.height, self._defaults.width)
+        )
+        self.case = f"{STEPS} steps of DDIM, {height}x{width}, guidance {self._defaults.guidance_scale:g}"
+        random = np.random.default_rng(0)
+        channels = manifest.components["unet"].spec.inputs[0].axes[1]
+        shape = (2, 1, int(channels), height, width)
+        self._noise, self._other_noise = random.standard_normal(shape, np.float32)
+        with torch.no_grad():
+            ids = random.integers(0, base.text_config["vocab_size"], (2, manifest.text_tokens))
+            self._text = base.load_text_encoder()(torch.from_numpy(ids)).last_hidden_state.numpy()
+            size = manifest.components["image_encoder"].spec.inputs[0].axes[-1]
+            pixels = torch.from_numpy(random.standard_normal((1, 3, int(size), int(size)), np.float32))
+            embeds = base.load_image_encoder()(pixels).image_embeds.numpy()
+        self._image = np.concatenate([np.zeros_like(embeds), embeds])
+
+    def reference(self, weights: AdapterWeights | None) -> tuple[Array, Array]:
+        """What diffusers' models make in float32: the picture, and the one of noise that is slightly changed.
+
+        Args:
+            weights: of the adapter; `None`: the base model alone.
+        Returns:
+            Two pictures, (3, height, width) in 0 to 1.
+        """
+        model, vae = DiffusersStep(self._base.load_unet(), weights), self._base.load_vae()
+        pictures = []
+        for noise in (self._noise, self._noise + np.float32(DISTURBANCE) * self._other_noise):
+            latents = self._denoise(lambda inputs: model(inputs, 1.0), noise, "float32")
+            with torch.no_grad():
+                pictures.append(_to_unit(vae.decode(torch.from_numpy(latents)).sample.numpy()))
+        return pictures[0], pictures[1]
+
+    def with_engines(self, step: StepFunction, decoder: Engine) -> Array:
+        """The picture that engines make; as `reference`.
+
+        Args:
+            step: predicted noise for `sample`, `timestep`, `encoder_hidden_states` and `image_embeds`.
+            decoder: opened component `vae_decoder`.
+        """
+        latents = self._denoise(step, self._noise, self._dtype).astype(decoder.spec.inputs[0].dtype)
+        return _to_unit(decoder(latents=latents)["image"].astype(np.float32))
+
+    def _denoise(self, step: StepFunction, noise: Array, dtype: str) -> Array:
+        """The final latents, ready for the decoder."""
+        scheduler = DDIMScheduler.from_config(self._base.scheduler_config)
+        scheduler.set_timesteps(STEPS)
+        latents = torch.from_numpy(noise)
+        conditions = {"encoder_hidden_states": self._text.astype(dtype), "image_embeds": self._image.astype(dtype)}
+        for timestep in scheduler.timesteps:
+            sample = np.concatenate([latents.numpy()] * 2).astype(dtype)
+            inputs = {"sample": sample, "timestep": np.asarray(timestep, np.float32), **conditions}
+            negative, positive = np.split(step(inputs).astype(np.float32), 2)
+            noise_pred = negative + np.float32(self._defaults.guidance_scale) * (positive - negative)
+            latents = scheduler.step(torch.from_numpy(noise_pred), timestep, latents).prev_sample
+        result: Array = latents.numpy() / self._scaling_factor
+        return result
+
+
+def _to_unit(image: Array) -> Array:
+    """(1, 3, height, width) in -1 to 1 as (3, height, width) in 0 to 1, clipped as pictures are."""
+    unit: Array = np.clip(image[0] / 2 + 0.5, 0, 1)
+    return unit
