@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -56,8 +57,7 @@ class Bundle:
         for file in files:
             _check_size(root, file)
         if verify:
-            with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-                list(pool.map(lambda file: _check_hash(root, file), files))
+            verify_files(root, files)
         for name, graph in bundle._graphs():
             _check_graph(root, name, graph)
         return bundle
@@ -103,6 +103,16 @@ class Bundle:
         else:
             raise BundleError(f"{self.root} has no component '{name}'; export it again with `ipa-export onnx`")
         return open_engine(engine, name, record.spec, self.file(record.files[0]))
+
+
+def verify_files(root: Path, files: Sequence[FileRecord]) -> None:
+    """Hash files of a bundle.
+
+    Raises:
+        BundleError: names the first one that is damaged.
+    """
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        list(pool.map(lambda file: _check_hash(root, file), files))
 
 
 def hash_file(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -31,6 +32,11 @@ class ComponentRecord:
     files: tuple[FileRecord, ...]
     dtype: str
     spec: ComponentSpec
+
+    @property
+    def sha256(self) -> str:
+        """Over the hashes of all files: changes with the graph and with any weight."""
+        return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ipa.engines.errors import IpaError
+from ipa.export.engine_cli import build_engines
 
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -175,3 +176,6 @@ def inspect(bundle: Path, form: str) -> None:
 
     opened = Bundle.open(bundle)
     click.echo(as_json(opened) if form == "json" else as_text(opened))
+
+
+main.add_command(build_engines)

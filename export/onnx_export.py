@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ipa.engines.errors import IpaError
 from ipa.engines.spec import ComponentSpec, TensorSpec
-from ipa.export.attention import define_attention, expanded
+from ipa.export.attention_function import define_attention, expanded
 
 MODEL_FILE = "model.onnx"
 OPSETS = range(18, 21)
@@ -54,7 +54,7 @@ def export_graph(graph: Graph, path: Path, opset: int, standard: bool = False) -
     Args:
         graph: module and spec.
         path: of the graph; its folder is made when missing.
-        standard: use operators of the ONNX standard alone, see `ipa.export.attention`.
+        standard: use operators of the ONNX standard alone, see `ipa.export.attention_function`.
         opset: one of `OPSETS`. From 23 on attention is one node, which TensorRT-RTX 1.7 crashes on.
     Returns:
         The files written, the graph first.

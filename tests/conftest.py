@@ -64,3 +64,16 @@ def tiny_bundle(session_folder: Path, tiny_base: Path, tiny_adapter_file: Path) 
         export_bundle(ExportRequest(base=str(tiny_base), output=output, adapters=adapters))
 
     return made_once(session_folder, "tiny_bundle", make)
+
+
+@pytest.fixture(scope="session")
+def tiny_half_bundle(session_folder: Path, tiny_base: Path, tiny_adapter_file: Path) -> Path:
+    """As `tiny_bundle`, in FP16. Read only, too."""
+    from ipa.export.adapters import AdapterFile
+    from ipa.export.build import ExportRequest, export_bundle
+
+    def make(output: Path) -> None:
+        adapters = (AdapterFile("tiny", tiny_adapter_file),)
+        export_bundle(ExportRequest(base=str(tiny_base), output=output, adapters=adapters, dtype="float16"))
+
+    return made_once(session_folder, "tiny_half_bundle", make)

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from ipa.engines.bundle import Bundle
-from ipa.export.attention import DOMAIN, OPERATOR, SpatialAttention, attend, expanded
+from ipa.export.attention import SpatialAttention, attend
+from ipa.export.attention_function import DOMAIN, OPERATOR, expanded
 from ipa.export.cases import cases
 
 

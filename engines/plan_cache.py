@@ -1,0 +1,214 @@
+"""The user's cache of engine plans: one file a plan, named by its key, readable by nobody else."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ipa.engines.errors import EngineError
+from ipa.engines.plan_file import PlanError, PlanHeader, PlanKey, read_header, read_plan, write_plan
+
+_SECRET_FILE, _SECRET_BYTES = "key", 32
+_SUFFIX = ".plan"
+_WORKSPACE = ".build-"
+
+
+def default_cache() -> Path:
+    """`$IPA_CACHE`, else `ipa` in the XDG cache folder."""
+    if given := os.environ.get("IPA_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ipa"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """No plan for a key, and why."""
+
+    reason: str
+
+
+class PlanCache:
+    """Plans below one folder that belongs to this user alone (mode 0700), with a secret that signs them (0600)."""
+
+    def __init__(self, root: Path) -> None:
+        """Open the cache, made when missing.
+
+        Raises:
+            EngineError: the folder or its secret belongs to others or is open to them, or cannot be made.
+        """
+        self.root = root
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_private(root, 0o700)
+            self._secret = _secret(root / _SECRET_FILE)
+        except OSError as error:
+            raise EngineError(
+                f"the engine cache {root} cannot be used: {error.strerror or error}; name another folder by IPA_CACHE"
+            ) from error
+
+    def path(self, key: PlanKey) -> Path:
+        """Where the plan of a key lies or will lie."""
+        return self.root / f"{_file_part(key.component)}-{key.engine}-{key.digest[:32]}{_SUFFIX}"
+
+    def find(self, key: PlanKey, bundle: Path) -> PlanHeader | Missing:
+        """The header of a key's plan, or why there is none.
+
+        Args:
+            key: of the plan that is wanted.
+            bundle: whose older plans explain what has changed.
+        """
+        path = self.path(key)
+        if not path.exists():
+            return Missing(self._why_missing(key, bundle))
+        try:
+            header = read_header(path, self._secret)
+        except PlanError as error:
+            return Missing(f"{path.name} is refused: {error}")
+        return header if header.key == key else Missing(f"{path.name} holds another plan")
+
+    def load(self, key: PlanKey) -> tuple[PlanHeader, bytes]:
+        """A plan, proven to be what this cache wrote for the key.
+
+        Raises:
+            PlanError: there is none, or it is not; says why.
+        """
+        path = self.path(key)
+        if not path.exists():
+            raise PlanError("there is none in the cache")
+        header, plan = read_plan(path, self._secret)
+        if header.key != key:
+            raise PlanError("; ".join(header.key.differences(key)))
+        return header, plan
+
+    def store(
+        self, key: PlanKey, plan: Path, bundle: Path, tensors: Mapping[str, str], seconds: float, peak_mib: float
+    ) -> PlanHeader:
+        """Put a plan into the cache, whole or not at all.
+
+        Args:
+            key: what it was built of and for.
+            plan: file with the serialised engine, in any place.
+            bundle, tensors, seconds, peak_mib: see `PlanHeader`.
+        """
+        with plan.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        header = PlanHeader(key, os.fspath(bundle.resolve()), tensors, seconds, peak_mib, plan.stat().st_size, sha256)
+        handle, name = tempfile.mkstemp(dir=self.root, prefix=".", suffix=".partial")  # mode 0600
+        os.close(handle)
+        try:
+            write_plan(Path(name), header, plan, self._secret)
+            _sync(Path(name))
+            Path(name).replace(self.path(key))
+            _sync(self.root)
+        finally:
+            Path(name).unlink(missing_ok=True)
+        return header
+
+    @contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """A folder on the cache's disk; it is gone afterwards, or at the next build if this one is killed."""
+        with _locked(self.root):  # so that nobody takes the new folder, not locked yet, for an abandoned one
+            for folder in self.root.glob(f"{_WORKSPACE}*"):
+                _remove_unless_locked(folder)
+            folder = Path(tempfile.mkdtemp(prefix=_WORKSPACE, dir=self.root))
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
+
+    def headers(self) -> Iterator[tuple[Path, PlanHeader]]:
+        """Every plan that this cache wrote and nobody changed since."""
+        for path in sorted(self.root.glob(f"*{_SUFFIX}")):
+            try:
+                yield path, read_header(path, self._secret)
+            except PlanError:
+                continue
+
+    def _why_missing(self, key: PlanKey, bundle: Path) -> str:
+        """The difference to the nearest plan of the same component and bundle."""
+        folder = os.fspath(bundle.resolve())
+        older = [
+            header.key.differences(key)
+            for _, header in self.headers()
+            if (header.bundle, header.key.component, header.key.engine) == (folder, key.component, key.engine)
+        ]
+        nearest: list[str] = min(older, key=len, default=[])
+        return "; ".join(nearest) or "not built yet"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_unless_locked(folder: Path) -> None:
+    """Remove what a killed build left behind; a living one holds a lock on its folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def _file_part(component: str) -> str:
+    """A component's name as a part of a file name."""
+    return component.replace("/", "-")
+
+
+def _secret(path: Path) -> bytes:
+    """The cache's secret; made by whoever comes first."""
+    if not path.exists():
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_bytes(_SECRET_BYTES))
+        try:
+            os.link(name, path)  # fails where another process was faster, and its secret stays
+        except FileExistsError:
+            pass
+        finally:
+            Path(name).unlink()
+    _check_private(path, 0o600)
+    secret = path.read_bytes()
+    if len(secret) != _SECRET_BYTES:
+        raise EngineError(f"{path} is damaged; delete it, the plans beside it are then built again")
+    return secret
+
+
+def _check_private(path: Path, mode: int) -> None:
+    """Refuse what another user owns or could change."""
+    status = path.stat()
+    if status.st_uid != os.getuid():
+        raise EngineError(f"{path} belongs to another user; name another folder by IPA_CACHE")
+    if stat.S_IMODE(status.st_mode) & ~mode & 0o777:
+        raise EngineError(
+            f"{path} has mode {stat.S_IMODE(status.st_mode):04o}, others could put plans there: `chmod {mode:o} {path}`"
+        )
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

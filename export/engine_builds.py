@@ -1,0 +1,240 @@
+"""Engines for a bundle: what the cache holds already is kept, the rest is built, one process for each."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ipa.engines.bundle import Bundle, verify_files
+from ipa.engines.cuda_driver import Driver, find_driver
+from ipa.engines.errors import EngineError
+from ipa.engines.manifest import ComponentRecord
+from ipa.engines.plan_cache import Missing, PlanCache
+from ipa.engines.plan_file import PlanHeader, PlanKey
+from ipa.engines.shape_profile import ShapeProfile, as_text
+from ipa.engines.spec import ComponentSpec
+from ipa.engines.tensorrt_library import load_library
+from ipa.export.build_child import BuildTask
+from ipa.export.resources import check_resources
+
+CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # that TensorRT-RTX builds for without the GPU
+ANY_CAPABILITY = "any that the library serves"
+_LAST_LINES = 3
+Percent = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one component: its plan, and why it was built or kept."""
+
+    component: str
+    was_built: bool
+    reason: str
+    header: PlanHeader
+
+
+class EngineBuilds:
+    """All engines of a bundle, for one library, profile and target."""
+
+    def __init__(
+        self, bundle: Bundle, cache: PlanCache, engine: str, profile: ShapeProfile, capabilities: tuple[str, ...] = ()
+    ) -> None:
+        """Say what is to be built.
+
+        Args:
+            bundle: opened; the files of what is built are hashed before.
+            cache: where plans are kept.
+            engine: `tensorrt`, which builds for this machine's GPU, or `tensorrt-rtx`, which needs none.
+            profile: shapes to build for.
+            capabilities: some of `CAPABILITIES`, for `tensorrt-rtx`; none: those that it chooses.
+        Raises:
+            EngineError: the library is missing or does not fit.
+        """
+        self._bundle, self._cache, self._engine, self._profile = bundle, cache, engine, profile
+        self._version = str(load_library(engine).__version__)
+        self._capabilities = capabilities
+        self._target = _target(engine, capabilities)
+        self._children: set[subprocess.Popen[bytes]] = set()
+
+    def components(self) -> dict[str, ComponentRecord]:
+        """Everything of the bundle that becomes an engine."""
+        manifest = self._bundle.manifest
+        adapters = {f"ip_adapter/{name}": record.component for name, record in manifest.adapters.items()}
+        return {**manifest.components, **adapters}
+
+    def key(self, component: str, record: ComponentRecord) -> PlanKey:
+        """What the plan of a component depends on."""
+        shapes = self._profile.shapes(component, record.spec, self._bundle.manifest.vae.downscale)
+        return PlanKey(
+            component=component,
+            weights=record.sha256,
+            precision=record.dtype,
+            engine=self._engine,
+            version=self._version,
+            target=self._target,
+            profile=as_text(shapes),
+            platform=f"{platform.system()}-{platform.machine()}".lower(),
+        )
+
+    def run(self, force: bool = False, jobs: int = 1, percent: Percent = lambda component, done: None) -> list[Outcome]:
+        """Build what is missing.
+
+        Args:
+            force: build what is there, too.
+            jobs: builds at the same time.
+            percent: told how much of a component is done.
+        Raises:
+            EngineError: memory or disk cannot hold a build, or one failed; plans that were finished are kept.
+        """
+        outcomes, missing = {}, {}
+        for component, record in self.components().items():
+            key = self.key(component, record)
+            found = self._cache.find(key, self._bundle.root)
+            if isinstance(found, PlanHeader) and not force:
+                outcomes[component] = Outcome(component, False, "nothing has changed", found)
+            else:
+                missing[component] = found.reason if isinstance(found, Missing) else "forced"
+        sizes = {component: sum(file.size for file in record.files) for component, record in self.components().items()}
+        for component in missing:
+            check_resources(component, sizes[component], self._cache.root, min(jobs, len(missing)))
+
+        def build(component: str) -> Outcome:
+            record = self.components()[component]
+            header = self._build(component, record, lambda done: percent(component, done))
+            return Outcome(component, True, missing[component], header)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                for outcome in pool.map(build, missing):
+                    outcomes[outcome.component] = outcome
+            except BaseException:  # Ctrl-C or a failed build: the others need not end
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in tuple(self._children):
+                    child.kill()
+                raise
+        return [outcomes[component] for component in self.components()]
+
+    def _build(self, component: str, record: ComponentRecord, percent: Callable[[int], None]) -> PlanHeader:
+        """One engine, by a child process, into the cache."""
+        percent(0)
+        verify_files(self._bundle.root, record.files)
+        shapes = self._profile.shapes(component, record.spec, self._bundle.manifest.vae.downscale)
+        with self._cache.workspace() as folder:
+            plan = folder / "plan"
+            ranges = {name: [list(shape) for shape in sizes] for name, sizes in shapes.items()}
+            task = {
+                "engine": self._engine,
+                "graph": os.fspath(self._bundle.file(record.files[0]).resolve()),
+                "shapes": ranges,
+                "capabilities": list(self._capabilities),
+                "plan": os.fspath(plan),
+            }
+            result = self._run_child(component, task, folder, percent)
+            _check_tensors(component, record.spec, ranges, result["tensors"])
+            tensors = {name: _describe(tensor) for name, tensor in result["tensors"].items()}
+            percent(100)
+            return self._cache.store(
+                self.key(component, record), plan, self._bundle.root, tensors, result["seconds"], result["peak_mib"]
+            )
+
+    def _run_child(
+        self, component: str, task: Mapping[str, Any], folder: Path, percent: Callable[[int], None]
+    ) -> dict[str, Any]:
+        """Run the child to its end; what it prints ends up in the message if it fails."""
+        reading, writing = os.pipe()
+        file = folder / "task.json"
+        file.write_text(BuildTask(**task, pipe=writing).to_json(), "utf-8")
+        result: dict[str, Any] = {}
+        with tempfile.TemporaryFile(dir=folder) as output, os.fdopen(reading) as reports:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "ipa.export.build_child", os.fspath(file)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[writing],
+                start_new_session=True,  # Ctrl-C is for us, who end it
+            )
+            os.close(writing)
+            self._children.add(child)
+            try:
+                for report in _records(reports):
+                    if "percent" in report:
+                        percent(min(int(report["percent"]), 99))
+                    else:
+                        result = report
+                code = child.wait()
+            finally:
+                child.kill()
+                child.wait()
+                self._children.discard(child)
+            if code or not result:
+                output.seek(0)
+                lines = output.read().decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
+                said = " / ".join(lines) or "it printed nothing"
+                raise EngineError(f"{component}: {self._engine} {self._version} {_ending(code)}; {said}")
+        return result
+
+
+def _target(engine: str, capabilities: tuple[str, ...]) -> str:
+    if engine == "tensorrt-rtx":
+        unknown = [capability for capability in capabilities if capability not in CAPABILITIES]
+        if unknown:
+            raise EngineError(f"--compute-capability {unknown[0]} is none of {', '.join(CAPABILITIES)}")
+        return ",".join(sorted(capabilities, key=CAPABILITIES.index)) or ANY_CAPABILITY
+    driver = find_driver()
+    if not isinstance(driver, Driver):
+        raise EngineError(
+            f"{driver.reason}: TensorRT builds on the GPU that its engines will run on; "
+            "`--engine tensorrt-rtx` builds without one"
+        )
+    if capabilities:
+        raise EngineError("--compute-capability is for --engine tensorrt-rtx; TensorRT builds for the GPU it runs on")
+    return f"{driver.gpus[0].capability} {driver.gpus[0].name}"
+
+
+def _records(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The child's reports; a line that a crash has cut off is no report."""
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def _ending(code: int) -> str:
+    """How a process ended, for people."""
+    if code == -signal.SIGKILL:
+        return "was killed while it built, most likely for want of memory"
+    if code < 0:
+        return f"crashed while it built ({signal.strsignal(-code)})"
+    return "could not build it"
+
+
+def _check_tensors(
+    component: str, spec: ComponentSpec, shapes: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """The engine has the tensors of the spec table, with their types, and inputs with the profile's shapes."""
+    for tensor in (*spec.inputs, *spec.outputs):
+        actual = found.get(tensor.name)
+        axes = [axis if isinstance(axis, int) else -1 for axis in tensor.axes]
+        if actual is None or actual["dtype"] != tensor.dtype or actual["axes"] != axes:
+            raise EngineError(f"{component}: the engine has {actual} for {tensor.name}, the bundle says {tensor}")
+        if tensor.name in shapes and actual["shapes"] != shapes[tensor.name]:
+            raise EngineError(
+                f"{component}: {tensor.name} has shapes {actual['shapes']}, {shapes[tensor.name]} were asked for"
+            )
+
+
+def _describe(tensor: Mapping[str, Any]) -> str:
+    shapes = tensor["shapes"] or [["?" if axis < 0 else axis for axis in tensor["axes"]]]
+    return f"{tensor['dtype']} {':'.join('x'.join(map(str, shape)) for shape in shapes)}"

@@ -1,0 +1,70 @@
+"""Profiles: options to ranges, ranges to the shapes of every input of the spec table."""
+
+from __future__ import annotations
+
+import pytest
+
+from ipa.engines.errors import RequestError
+from ipa.engines.shape_profile import Range, ShapeProfile, as_text
+from ipa.engines.spec import SPECS, adapter_spec
+
+SIZES = {
+    "text_tokens": 77,
+    "text_width": 768,
+    "kv": 24960,
+    "image_size": 224,
+    "image_embed_width": 1024,
+    "image_patches": 257,
+    "image_hidden_width": 1280,
+    "latent_channels": 4,
+    "unet_in_channels": 4,
+}
+
+
+@pytest.fixture
+def profile() -> ShapeProfile:
+    return ShapeProfile.parse(["512x640", "256x512", "768x512"], "1:2:4", "4:4:1028")
+
+
+def test_the_unet_has_both_halves_and_every_size_between(profile: ShapeProfile) -> None:
+    shapes = profile.shapes("unet", SPECS["unet"].resolved(SIZES, "float16"), 8)
+    assert shapes == {
+        "sample": ((1, 4, 64, 32), (4, 4, 80, 64), (8, 4, 80, 96)),
+        "text_kv": ((1, 77, 24960), (4, 77, 24960), (8, 77, 24960)),
+        "image_kv": ((1, 1, 24960), (4, 4, 24960), (8, 1028, 24960)),
+    }, "timestep has no free axis"
+
+
+@pytest.mark.parametrize("component", SPECS)
+def test_every_free_axis_of_the_table_has_a_range(profile: ShapeProfile, component: str) -> None:
+    spec = SPECS[component].resolved(SIZES, "float16")
+    shapes = profile.shapes(component, spec, 8)
+    for tensor in spec.inputs:
+        if tensor.name in shapes:
+            smallest, usual, largest = shapes[tensor.name]
+            assert all(a <= b <= c for a, b, c in zip(smallest, usual, largest, strict=True))
+
+
+def test_adapters_see_the_negative_half(profile: ShapeProfile) -> None:
+    spec = adapter_spec("image_embeds").resolved(SIZES, "float16")
+    assert profile.shapes("ip_adapter/x", spec, 8) == {"image_embeds": ((1, 1024), (2, 1024), (8, 1024))}
+
+
+def test_as_text() -> None:
+    assert as_text({"b": ((1, 2), (3, 4), (5, 6)), "a": ((1,), (1,), (1,))}) == "a 1:1:1, b 1x2:3x4:5x6"
+
+
+def test_one_number_is_a_fixed_size() -> None:
+    assert Range.parse("4", "--batch") == Range(4, 4, 4)
+
+
+@pytest.mark.parametrize("text", ["", "0", "1:2", "2:1:4", "1:4:2", "a", "1:2:3:4", "-1", "1:1:99999999"])
+def test_bad_ranges_are_refused(text: str) -> None:
+    with pytest.raises(RequestError, match="--batch"):
+        Range.parse(text, "--batch")
+
+
+@pytest.mark.parametrize("text", ["512", "512x", "512x500", "32x64", "x", "512X512"])
+def test_bad_sizes_are_refused(text: str) -> None:
+    with pytest.raises(RequestError, match="--resolution"):
+        ShapeProfile.parse([text], "1", "4")

@@ -1,0 +1,283 @@
+"""`ipa-export build-engines` with TensorRT-RTX, which parses and builds without a GPU."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from ipa.engines.bundle import Bundle, hash_file
+from ipa.engines.cuda_driver import NoDriver, find_driver
+from ipa.engines.manifest import FILE_NAME, FileRecord, Manifest
+from ipa.engines.plan_cache import PlanCache
+from ipa.export import resources
+from ipa.export.cli import main
+
+OPTIONS = ("--resolution", "128x128", "--resolution", "64x192", "--batch", "1:1:2", "--image-tokens", "4:4:16")
+
+
+def build(bundle: Path, cache: Path, *more: str, options: tuple[str, ...] = OPTIONS) -> Any:
+    arguments = ["--bundle", str(bundle), "--cache", str(cache), "--engine", "tensorrt-rtx", *options, *more]
+    return CliRunner().invoke(main, ["build-engines", *arguments])
+
+
+def reasons(output: str) -> dict[str, str]:
+    """What the report says of each component: `kept` or `built`, and why."""
+    lines = re.finditer(r"^(\S+) +[0-9.]+ MiB  (kept|built)[^(]*\((.*)\)$", output, re.MULTILINE)
+    return {line[1]: f"{line[2]}: {line[3]}" for line in lines}
+
+
+@pytest.fixture(scope="module")
+def built(tiny_half_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A bundle of its own and the cache with its engines. Copy the cache before changing it."""
+    folder = tmp_path_factory.mktemp("engines")
+    bundle = Path(shutil.copytree(tiny_half_bundle, folder / "bundle"))
+    result = build(bundle, folder / "cache", "--compute-capability", "8.6,8.9")
+    assert result.exit_code == 0, result.output
+    assert set(reasons(result.stdout).values()) == {"built: not built yet"}
+    return bundle, folder / "cache"
+
+
+def again(built: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """The same bundle, and a cache that may be changed."""
+    bundle, cache = built
+    return bundle, Path(shutil.copytree(cache, tmp_path / "cache"))
+
+
+def test_every_engine_has_the_tensors_of_the_spec_table(built: tuple[Path, Path]) -> None:
+    bundle, cache = built
+    manifest = Bundle.open(bundle, verify=False).manifest
+    headers = {header.key.component: header for _, header in PlanCache(cache).headers()}
+    assert set(headers) == {*manifest.components, "ip_adapter/tiny"}
+    for component, header in headers.items():
+        record = manifest.components.get(component) or manifest.adapters["tiny"].component
+        tensors = (*record.spec.inputs, *record.spec.outputs)
+        assert list(header.tensors) == sorted(tensor.name for tensor in tensors)
+        for tensor in tensors:
+            assert header.tensors[tensor.name].startswith(f"{tensor.dtype} ")
+        assert (header.key.precision, header.key.target) == ("float16", "8.6,8.9")
+        assert header.peak_mib > 10
+    kv = manifest.kv_layout.size
+    unet = headers["unet"].tensors
+    assert unet["sample"] == "float16 1x4x16x8:2x4x16x16:4x4x24x16"
+    assert unet["image_kv"] == f"float16 1x1x{kv}:2x4x{kv}:4x16x{kv}"
+    assert unet["noise_pred"] == "float16 ?x4x?x?"
+
+
+def test_a_second_run_builds_nothing(built: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, cache = built
+    monkeypatch.setattr(subprocess, "Popen", None)
+    result = build(bundle, cache, "--compute-capability", "8.6,8.9")
+    assert result.exit_code == 0, result.output
+    assert set(reasons(result.stdout).values()) == {"kept: nothing has changed"}
+    assert "0 built, 7 kept" in result.stdout
+
+
+def test_an_added_adapter_builds_its_own_engine_alone(
+    built: tuple[Path, Path], tiny_adapter_file: Path, tmp_path: Path
+) -> None:
+    source, cache = again(built, tmp_path)
+    bundle = Path(shutil.copytree(source, tmp_path / "bundle"))
+    added = ["adapter", "--bundle", str(bundle), "--adapter", f"second={tiny_adapter_file}"]
+    assert CliRunner().invoke(main, added).exit_code == 0
+    found = reasons(build(bundle, cache, "--compute-capability", "8.6,8.9").stdout)
+    assert found.pop("ip_adapter/second") == "built: not built yet"
+    assert set(found.values()) == {"kept: nothing has changed"}
+
+
+def test_changed_profile_and_target_are_the_reason(built: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle, cache = again(built, tmp_path)
+    found = reasons(build(bundle, cache, options=(*OPTIONS[:-1], "4:4:32")).stdout)
+    assert found["unet"].startswith("built: target was 8.6,8.9, is any that the library serves; profile was image_kv")
+    assert found["text_kv"] == "built: target was 8.6,8.9, is any that the library serves"
+
+
+def test_changed_weights_are_the_reason(built: tuple[Path, Path], tmp_path: Path) -> None:
+    source, cache = again(built, tmp_path)
+    bundle = Path(shutil.copytree(source, tmp_path / "bundle"))
+    for path, header in PlanCache(cache).headers():  # as if the plans were this bundle's
+        with PlanCache(cache).workspace() as folder:
+            (folder / "plan").write_bytes(path.read_bytes()[-header.size :])
+            PlanCache(cache).store(header.key, folder / "plan", bundle, header.tensors, 1, 1)
+    change_graph(bundle, "text_kv", lambda model: model.metadata_props.add(key="changed", value="yes"))
+    found = reasons(build(bundle, cache, "--compute-capability", "8.6,8.9").stdout)
+    assert re.fullmatch(r"built: weights was [0-9a-f]{12}\.\.\., is [0-9a-f]{12}\.\.\.", found.pop("text_kv"))
+    assert set(found.values()) == {"kept: nothing has changed"}
+
+
+def test_a_damaged_plan_is_built_again(built: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle, cache = again(built, tmp_path)
+    (path,) = (path for path, header in PlanCache(cache).headers() if header.key.component == "text_kv")
+    path.write_bytes(path.read_bytes()[:-1])
+    found = reasons(build(bundle, cache, "--compute-capability", "8.6,8.9").stdout)
+    assert found["text_kv"].startswith(f"built: {path.name} is refused: it has ")
+    assert found["unet"] == "kept: nothing has changed"
+
+
+def change_graph(bundle: Path, component: str, change: Any) -> None:
+    """Change a graph and let the manifest agree, as another export would."""
+    path = bundle / component / "model.onnx"
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, path)
+    manifest = Manifest.from_json((bundle / FILE_NAME).read_text())
+    record = manifest.components[component]
+    file = FileRecord(record.files[0].path, path.stat().st_size, hash_file(path))
+    components = {**manifest.components, component: replace(record, files=(file,))}
+    (bundle / FILE_NAME).write_text(replace(manifest, components=components).to_json())
+
+
+def use_attention_of_opset_23(model: onnx.ModelProto) -> None:
+    """TensorRT-RTX 1.7.1 parses this and crashes when it builds it where no GPU is."""
+    (text,) = (value for value in model.graph.input if value.name == "encoder_hidden_states")
+    output = onnx.helper.make_tensor_value_info("text_kv", onnx.TensorProto.FLOAT16, ["batch", 77, 48])
+    node = onnx.helper.make_node("Attention", [text.name] * 3, ["text_kv"], q_num_heads=4, kv_num_heads=4)
+    graph = onnx.helper.make_graph([node], "attention", [text], [output])
+    model.CopyFrom(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)]))
+
+
+def use_unknown_operator(model: onnx.ModelProto) -> None:
+    model.graph.node[0].op_type = "Nonsense"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (use_attention_of_opset_23, "crashed while it built (Segmentation fault)"),
+        (use_unknown_operator, "the parser refused the graph"),
+    ],
+)
+def test_a_builder_that_fails_is_one_line_and_leaves_nothing(
+    built: tuple[Path, Path], tmp_path: Path, change: Any, message: str
+) -> None:
+    source, cache = again(built, tmp_path)
+    bundle = Path(shutil.copytree(source, tmp_path / "bundle"))
+    change_graph(bundle, "text_kv", change)
+    before = sorted(path.name for path in cache.iterdir())
+    result = build(bundle, cache, "--compute-capability", "8.6,8.9")
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("ipa-export:")]
+    assert "text_kv: tensorrt-rtx" in line
+    assert message in line
+    assert sorted(path.name for path in cache.iterdir()) == before
+
+
+def test_a_changed_byte_is_found_before_the_build(built: tuple[Path, Path], tmp_path: Path) -> None:
+    source, cache = again(built, tmp_path)
+    bundle = Path(shutil.copytree(source, tmp_path / "bundle"))
+    path = bundle / "text_kv" / "model.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    result = build(bundle, cache, "--force")
+    assert result.exit_code == 2
+    assert "is damaged: sha256" in result.stderr
+
+
+def test_killing_a_build_leaves_bundle_and_cache_usable(tiny_half_bundle: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    command = [Path(sys.executable).with_name("ipa-export"), "build-engines", "--bundle", tiny_half_bundle]
+    command += ["--cache", cache, "--engine", "tensorrt-rtx", *OPTIONS]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:  # kill it while it builds the UNet
+        if line == "build unet\n":
+            break
+    while not list(cache.glob(".build-*/task.json")):
+        time.sleep(0.01)
+    (task,) = cache.glob(".build-*/task.json")
+    assert json.loads(task.read_text())["graph"].endswith("unet/model.onnx")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {header.key.component for _, header in PlanCache(cache).headers()}
+    assert finished == {"text_encoder", "text_kv", "image_encoder"}
+    result = build(tiny_half_bundle, cache)
+    assert result.exit_code == 0, result.output
+    found = reasons(result.stdout)
+    assert {component for component, reason in found.items() if reason.startswith("kept")} == finished
+    assert not list(cache.glob(".build-*"))
+
+
+def test_two_builds_at_once(built: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle, cache = again(built, tmp_path)
+    for path, header in PlanCache(cache).headers():
+        if header.key.component in ("text_kv", "vae_decoder"):
+            path.unlink()
+    command = [Path(sys.executable).with_name("ipa-export"), "build-engines", "--bundle", bundle]
+    command += ["--cache", cache, "--engine", "tensorrt-rtx", *OPTIONS, "--compute-capability", "8.6,8.9"]
+    processes = [subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE) for _ in range(2)]
+    outputs = [process.communicate()[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert all("2 built, 5 kept" in output for output in outputs), "they started together"
+    assert "0 built, 7 kept" in build(bundle, cache, "--compute-capability", "8.6,8.9").stdout
+
+
+def test_want_of_memory_or_disk_is_said_before(
+    tiny_half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "available_memory", lambda: 2**28)
+    result = build(tiny_half_bundle, tmp_path / "cache")
+    assert result.exit_code == 2
+    assert re.search(r"building needs about [0-9.]+ GiB of memory, 0\.2 GiB are available", result.stderr)
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
+    result = build(tiny_half_bundle, tmp_path / "cache")
+    assert result.exit_code == 2
+    assert re.search(r"building needs about [0-9.]+ GiB of disk in .*, 0\.0 GiB are free", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bundle", "BUNDLE", "--resolution", "500x512"], "multiples of 8"),
+        (["--bundle", "BUNDLE", "--batch", "4:1"], "--batch"),
+        (["--bundle", "BUNDLE", "--compute-capability", "9.9"], "9.9 is none of 7.5, 8.0"),
+        (["--bundle", "BUNDLE", "--base", "x"], "name a bundle with --bundle, or a pipeline with --base"),
+        (["--bundle", "BUNDLE", "--adapter", "x"], "--adapter goes with --base"),
+        (["--base", "x"], "the bundle to write with --output"),
+        (["--bundle", "nowhere"], "is not a folder"),
+    ],
+)
+def test_options_that_do_not_fit(tiny_half_bundle: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    given = [str(tiny_half_bundle) if argument == "BUNDLE" else argument for argument in arguments]
+    command = ["build-engines", "--engine", "tensorrt-rtx", "--cache", str(tmp_path / "cache"), *given]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+
+
+def test_from_a_pipeline_in_one_command(tiny_base: Path, tiny_adapter_file: Path, tmp_path: Path) -> None:
+    arguments = ["--base", tiny_base, "--adapter", f"mine={tiny_adapter_file}", "--output", tmp_path / "bundle"]
+    arguments += ["--engine", "tensorrt-rtx", "--cache", tmp_path / "cache", *OPTIONS]
+    result = CliRunner().invoke(main, ["build-engines", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    manifest = Bundle.open(tmp_path / "bundle").manifest
+    assert {record.dtype for record in manifest.components.values()} == {"float16"}
+    assert "ip_adapter/mine" in reasons(result.stdout)
+
+
+@pytest.mark.skipif(not isinstance(find_driver(), NoDriver), reason="there is a GPU")
+def test_tensorrt_without_a_driver_says_what_to_do(
+    tiny_half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ipa.engines import tensorrt_library
+
+    monkeypatch.setitem(tensorrt_library.MODULES, "tensorrt", "tensorrt_rtx")  # stands in: the same interface
+    monkeypatch.setitem(tensorrt_library._OLDEST, "tensorrt", (1, 0))
+    command = ["build-engines", "--bundle", str(tiny_half_bundle), "--cache", str(tmp_path), "--engine", "tensorrt"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert "no NVIDIA driver here" in line
+    assert "`--engine tensorrt-rtx` builds without one" in line
