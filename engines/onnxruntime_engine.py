@@ -9,9 +9,9 @@ from typing import Self
 
 import onnxruntime as ort
 
-from ipa.engines.cores import available_cores
 from ipa.engines.engine import Array, check_finite, check_inputs
 from ipa.engines.errors import EngineError, first_line
+from ipa.engines.machine import available_cores
 from ipa.engines.spec import ComponentSpec
 
 _SEVERITY_ERROR = 3

@@ -10,9 +10,9 @@ from typing import Self
 
 import openvino as ov
 
-from ipa.engines.cores import available_cores
 from ipa.engines.engine import Array, check_finite, check_inputs
 from ipa.engines.errors import EngineError, first_line
+from ipa.engines.machine import available_cores
 from ipa.engines.spec import ComponentSpec
 
 _DEVICE = "CPU"

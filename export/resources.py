@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from ipa.engines.errors import EngineError
+from ipa.engines.machine import available_memory
 
 _GIB = 2**30
 # Measured with TensorRT-RTX 1.7.1 on SD1.5's graphs in FP16: the builder holds the weights several times over.
@@ -23,20 +24,6 @@ def predicted_memory(weights: int) -> int:
 def predicted_seconds(weights: int) -> float:
     """About how long building takes on two cores."""
     return _SECONDS_BASE + _SECONDS_PER_GIB * weights / _GIB
-
-
-def available_memory() -> int | None:
-    """Bytes that can be had without swapping, the control group's limit included; `None` where nobody says."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        found += [int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable:")]
-        limit = Path("/sys/fs/cgroup/memory.max").read_text("ascii").strip()
-        if limit != "max":
-            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text("ascii")))
-    except (OSError, ValueError):
-        pass
-    return min(found, default=None)
 
 
 def check_resources(component: str, weights: int, folder: Path, at_once: int = 1) -> None:

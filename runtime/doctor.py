@@ -1,0 +1,223 @@
+"""`ipa-doctor`: which engines this machine can run, what is missing, and the one command that installs it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import click
+
+from ipa.engines.cuda_driver import Driver, NoDriver, find_driver
+from ipa.engines.errors import EngineError, first_line
+from ipa.engines.machine import available_cores, available_memory
+from ipa.engines.plan_cache import PlanCache, default_cache
+from ipa.engines.registry import BACKENDS, resolve_engine
+from ipa.engines.tensorrt_library import EXTRAS, is_installed, load_library
+
+_GIB = 2**30
+# Distributions that bring the same module: with two of them, the one installed last wins, in parts.
+_RIVALS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """One engine here.
+
+    Attributes:
+        name: as `--engine` takes it.
+        state: `ready`, `builds` (engines can be built, not run), `missing` or `broken`.
+        detail: version, or what is in the way.
+        install: the command that would help; empty where none does.
+    """
+
+    name: str
+    state: str
+    detail: str
+    install: str = ""
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Engines in the cache.
+
+    Attributes:
+        folder: of the cache.
+        count, size: how many, and their bytes.
+        problem: why the cache cannot be used; empty where it can.
+    """
+
+    folder: str
+    count: int = 0
+    size: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the doctor found; memory and disk in bytes, `None` where the system does not say."""
+
+    ipa_runtime: str
+    python: str
+    system: str
+    cores: int
+    bfloat16: bool | None
+    memory: int | None
+    disk: int
+    driver: Driver | NoDriver
+    engines: tuple[EngineState, ...]
+    auto: str
+    plans: Plans
+    advice: tuple[str, ...]
+
+
+def examine() -> Report:
+    """Look at everything; nothing here raises for what it finds."""
+    driver, folder = find_driver(), default_cache()
+    engines = (*_cpu_engines(), *(_tensorrt(engine, driver) for engine in EXTRAS))
+    try:
+        auto = str(resolve_engine("auto"))
+    except EngineError as error:
+        auto = str(error)
+    return Report(
+        ipa_runtime=version("ipa-runtime"),
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        cores=available_cores(),
+        bfloat16=_has_bfloat16(),
+        memory=available_memory(),
+        disk=shutil.disk_usage(_existing(folder)).free,
+        driver=driver,
+        engines=engines,
+        auto=auto,
+        plans=_plans(folder),
+        advice=tuple(_advice(engines)),
+    )
+
+
+def _cpu_engines() -> Iterator[EngineState]:
+    for backend in BACKENDS:
+        if not backend.is_installed:
+            yield EngineState(backend.name, "missing", backend.summary, backend.install)
+            continue
+        try:
+            __import__(backend.module)
+        except Exception as error:  # a broken installation may raise anything
+            yield EngineState(backend.name, "broken", first_line(error), backend.install)
+        else:
+            yield EngineState(backend.name, "ready", f"{_version(backend.module)}; {backend.summary}")
+
+
+def _tensorrt(engine: str, driver: Driver | NoDriver) -> EngineState:
+    install = f"pip install 'ipa-runtime[{EXTRAS[engine]}]'"
+    if isinstance(driver, Driver) and engine == "tensorrt" and driver.cuda[0] < 13:
+        install = "pip install 'ipa-runtime[trt-cu12]'"
+    if not is_installed(engine):
+        where = "builds on the GPU that it will run on" if engine == "tensorrt" else "builds without a GPU"
+        return EngineState(engine, "missing", f"NVIDIA GPUs; {where}", install)
+    try:
+        library = load_library(engine)
+    except EngineError as error:
+        return EngineState(engine, "broken", str(error), install)
+    if engine == "tensorrt" and isinstance(driver, NoDriver):
+        return EngineState(engine, "broken", f"{library.__version__}; {driver.reason}")
+    detail = f"{library.__version__}; `ipa-export build-engines`; this version of ipa-run does not run them yet"
+    return EngineState(engine, "builds", detail)
+
+
+def _version(module: str) -> str:
+    for name in (module, *(rival for rival in _RIVALS if module == "onnxruntime")):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown version"
+
+
+def _has_bfloat16() -> bool | None:
+    """Whether the processor computes in bfloat16; `None` where nothing here can tell."""
+    try:
+        from ipa.engines.openvino_engine import has_bfloat16
+    except ImportError:
+        return None
+    return has_bfloat16()
+
+
+def _plans(folder: Path) -> Plans:
+    if not folder.exists():
+        return Plans(str(folder))
+    try:
+        headers = [header for _, header in PlanCache(folder).headers()]
+    except EngineError as error:
+        return Plans(str(folder), problem=str(error))
+    return Plans(str(folder), len(headers), sum(header.size for header in headers))
+
+
+def _advice(engines: tuple[EngineState, ...]) -> Iterator[str]:
+    """What to do, most useful first."""
+    rivals = [name for name in _RIVALS if _is_there(name)]
+    if len(rivals) > 1:
+        names = " ".join(rivals)
+        yield f"these overwrite each other's files: {names}; `pip uninstall {names}`, then install one of them"
+    for state in engines:
+        if state.state == "broken" and state.install:
+            yield f"{state.name} does not load: `{state.install}`"
+    best = engines[0]  # the fastest of the CPU's; those for a GPU do not run yet
+    if best.state == "missing":
+        yield f"faster pictures: `{best.install}`"
+
+
+def _is_there(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def as_text(report: Report) -> str:
+    """A page to read."""
+    return "\n".join(_lines(report))
+
+
+def _lines(report: Report) -> Iterator[str]:
+    bfloat16 = {True: ", bfloat16", False: ", no bfloat16", None: ""}[report.bfloat16]
+    memory = "" if report.memory is None else f", {report.memory / _GIB:.1f} GiB of memory available"
+    yield f"ipa-runtime {report.ipa_runtime}, Python {report.python}, {report.system}"
+    yield f"processor: {report.cores} cores{bfloat16}{memory}"
+    if isinstance(report.driver, NoDriver):
+        yield f"GPU: {report.driver.reason}"
+    else:
+        for gpu in report.driver.gpus:
+            cuda = ".".join(map(str, report.driver.cuda))
+            yield f"GPU: {gpu.name}, compute capability {gpu.capability}, {gpu.memory / _GIB:.0f} GiB, CUDA {cuda}"
+    yield ""
+    for state in report.engines:
+        install = f": `{state.install}`" if state.install else ""
+        yield f"{state.name:13} {state.state:8} {state.detail}{install}"
+    yield ""
+    yield f"--engine auto: {report.auto}"
+    plans = report.plans
+    held = plans.problem or f"{plans.count} engines, {plans.size / 2**20:.1f} MiB"
+    yield f"engine cache {plans.folder}: {held}; {report.disk / _GIB:.1f} GiB of disk are free"
+    yield from (f"advice: {line}" for line in report.advice or ("nothing is missing",))
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ipa-runtime")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def main(form: str) -> None:
+    """Say which engines this machine can run, and what is missing. Exit code 1: none can run."""
+    report = examine()
+    click.echo(json.dumps(asdict(report), indent=1) if form == "json" else as_text(report))
+    if not any(state.state == "ready" for state in report.engines):
+        sys.exit(1)
