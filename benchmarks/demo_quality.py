@@ -80,17 +80,24 @@ def table(scores: dict[str, Scores]) -> str:
 @click.option("--bundle", type=click.Path(path_type=Path), default=None, help="Default: the demo bundle.")
 @click.option("--steps", default=25, help="DDIM steps.")
 @click.option("--guidance-scale", type=float, default=None, help="Default: the bundle's.")
+@click.option("--engine", default="onnxruntime", show_default=True, help="Back-end that draws.")
 @click.option("--pairs", "count", default=64, help="How many held-out pairs.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("out"), help="Folder for demo_quality.json.")
 @click.option("--sheet", type=click.Path(path_type=Path), default=None, help="Write a contact sheet here.")
 def main(
-    bundle: Path | None, steps: int, guidance_scale: float | None, count: int, output: Path, sheet: Path | None
+    bundle: Path | None,
+    steps: int,
+    guidance_scale: float | None,
+    engine: str,
+    count: int,
+    output: Path,
+    sheet: Path | None,
 ) -> None:
     """Measure the demo model and print the rates by adapter scale."""
     pairs = held_out_pairs(count)
     judge = load_judge(SHIPPED)
     scores, pictures = {}, {}
-    with Pipeline.open(bundle or demo_bundle()) as pipe:
+    with Pipeline.open(bundle or demo_bundle(), engine=engine) as pipe:
         guidance = guidance_scale or pipe.manifest.defaults.guidance_scale
         for scale in SCALES:
             images = generate(pipe, pairs, scale, steps, guidance)
@@ -105,8 +112,9 @@ def main(
         "steps": steps,
         "scheduler": "ddim",
         "guidance_scale": guidance,
+        "engine": pipe.engine,
         "unet_sha256": unet,
-        "versions": {name: version(name) for name in ("ipa-runtime", "onnxruntime", "numpy", "torch")},
+        "versions": {name: version(name) for name in ("ipa-runtime", pipe.engine, "numpy", "torch")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "rates": {scale: asdict(rates) for scale, rates in scores.items()},
     }

@@ -24,7 +24,7 @@ class Check:
 
     name: str
     passed: bool
-    relative_error: float  # largest error / largest reference value; the relative change where `is_change`
+    relative_error: float  # largest error (of a picture: its RMS) / largest reference value; a change likewise
     tolerance: float
     max_abs_error: float = 0.0
     mean_abs_error: float = 0.0
@@ -50,12 +50,32 @@ class Check:
 
 
 def agreement(
-    name: str, case: str, found: Mapping[str, Array], expected: Mapping[str, Array], tolerance: float
+    name: str,
+    case: str,
+    found: Mapping[str, Array],
+    expected: Mapping[str, Array],
+    tolerance: float,
+    is_picture: bool = False,
 ) -> Check:
-    """Compare all outputs of one call."""
+    """Compare all outputs of one call.
+
+    Args:
+        name, case: for the report.
+        found, expected: by output.
+        tolerance: for the largest error, as a part of the reference's largest value.
+        is_picture: judge by the root mean square of the errors. A trained decoder is steep where colours meet: the
+            rounding of its input moves an edge, and a pixel on it errs by 20 times what the picture does.
+    """
     return worst(
         [
-            _compare(name, f"{case}: {output}" if len(expected) > 1 else case, found[output], reference, tolerance)
+            _compare(
+                name,
+                f"{case}: {output}" if len(expected) > 1 else case,
+                found[output],
+                reference,
+                tolerance,
+                is_picture,
+            )
             for output, reference in expected.items()
         ]
     )
@@ -97,13 +117,14 @@ def worst(checks: Sequence[Check]) -> Check:
     return max(checks, key=lambda check: check.relative_error)
 
 
-def _compare(name: str, case: str, found: Array, expected: Array, tolerance: float) -> Check:
+def _compare(name: str, case: str, found: Array, expected: Array, tolerance: float, is_picture: bool = False) -> Check:
     left, right = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
     if left.shape != right.shape:
         return failure(name, f"{case}: shape {found.shape}, expected {expected.shape}", tolerance)
     errors = np.abs(left - right)
     error, extent = float(errors.max()), float(np.abs(right).max())
-    relative = error / extent if extent else error
+    judged = math.sqrt(np.square(errors).mean()) if is_picture else error
+    relative = judged / extent if extent else judged
     norms = float(np.linalg.norm(left) * np.linalg.norm(right))
     cosine = float(left @ right) / norms if norms else float(not np.any(left - right))
     return Check(name, relative <= tolerance, relative, tolerance, error, float(errors.mean()), cosine, case)

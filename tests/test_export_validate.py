@@ -88,6 +88,17 @@ def test_agreement_is_measured_in_all_outputs() -> None:
     assert worst([check, agreement("x", "", reference, reference, 1e-4)]) == check
 
 
+def test_pictures_are_judged_by_all_their_pixels() -> None:
+    expected = {"image": np.ones((1, 3, 10, 10))}
+    found = {"image": expected["image"].copy()}
+    found["image"][0, 0, 0, 0] += 0.03  # RMS: 0.03 / sqrt(300)
+    assert not agreement("x", "", found, expected, 1e-2).passed
+    check = agreement("x", "", found, expected, 1e-2, is_picture=True)
+    assert check.passed
+    assert check.relative_error == pytest.approx(0.03 / 300**0.5)
+    assert not agreement("x", "", {"image": expected["image"] + 0.03}, expected, 1e-2, is_picture=True).passed
+
+
 def test_an_output_that_does_not_move_fails() -> None:
     output = np.array([1.0, 2.0])
     assert not change("x", output, output, 1e-4).passed
