@@ -13,7 +13,7 @@ demo: .venv/installed
 	.venv/bin/ipa-run --image runtime/assets/reference.png --prompt "a heart" --seed 0 --timings --output $(OUT)/demo.png
 
 test: .venv-dev/installed
-	.venv-dev/bin/pytest -n 2 --dist loadfile --max-worker-restart 0
+	.venv-dev/bin/pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not slow"
 
 test-slow: .venv-dev/installed
 	.venv-dev/bin/pytest -m slow

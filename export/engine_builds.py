@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ipa.engines.shape_profile import ShapeProfile, as_text
 from ipa.engines.spec import ComponentSpec
 from ipa.engines.tensorrt_library import load_library
 from ipa.export.build_child import BuildTask
-from ipa.export.resources import check_resources
+from ipa.export.resources import Prediction, check_resources
 
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # that TensorRT-RTX builds for without the GPU
 ANY_CAPABILITY = "any that the library serves"
@@ -41,6 +41,16 @@ class Outcome:
     was_built: bool
     reason: str
     header: PlanHeader
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine to build: of what, why, and what it will take."""
+
+    component: str
+    record: ComponentRecord
+    reason: str
+    prediction: Prediction
 
 
 class EngineBuilds:
@@ -86,43 +96,49 @@ class EngineBuilds:
             platform=f"{platform.system()}-{platform.machine()}".lower(),
         )
 
-    def run(self, force: bool = False, jobs: int = 1, percent: Percent = lambda component, done: None) -> list[Outcome]:
-        """Build what is missing.
+    def survey(self, force: bool = False) -> tuple[list[Outcome], list[Job]]:
+        """What can be kept, and what must be built.
 
         Args:
             force: build what is there, too.
-            jobs: builds at the same time.
+        """
+        kept, jobs = [], []
+        for component, record in self.components().items():
+            found = self._cache.find(self.key(component, record), self._bundle.root)
+            if isinstance(found, PlanHeader) and not force:
+                kept.append(Outcome(component, False, "nothing has changed", found))
+            else:
+                reason = found.reason if isinstance(found, Missing) else "forced"
+                jobs.append(Job(component, record, reason, Prediction.of(sum(file.size for file in record.files))))
+        return kept, jobs
+
+    def run(
+        self, jobs: Sequence[Job], at_once: int = 1, percent: Percent = lambda component, done: None
+    ) -> list[Outcome]:
+        """Build.
+
+        Args:
+            jobs: some of those that `survey` gave.
+            at_once: builds at the same time.
             percent: told how much of a component is done.
         Raises:
             EngineError: memory or disk cannot hold a build, or one failed; plans that were finished are kept.
         """
-        outcomes, missing = {}, {}
-        for component, record in self.components().items():
-            key = self.key(component, record)
-            found = self._cache.find(key, self._bundle.root)
-            if isinstance(found, PlanHeader) and not force:
-                outcomes[component] = Outcome(component, False, "nothing has changed", found)
-            else:
-                missing[component] = found.reason if isinstance(found, Missing) else "forced"
-        sizes = {component: sum(file.size for file in record.files) for component, record in self.components().items()}
-        for component in missing:
-            check_resources(component, sizes[component], self._cache.root, min(jobs, len(missing)))
+        for job in jobs:
+            check_resources(job.component, job.prediction, self._cache.root, min(at_once, len(jobs)))
 
-        def build(component: str) -> Outcome:
-            record = self.components()[component]
-            header = self._build(component, record, lambda done: percent(component, done))
-            return Outcome(component, True, missing[component], header)
+        def build(job: Job) -> Outcome:
+            header = self._build(job.component, job.record, lambda done: percent(job.component, done))
+            return Outcome(job.component, True, job.reason, header)
 
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(at_once) as pool:
             try:
-                for outcome in pool.map(build, missing):
-                    outcomes[outcome.component] = outcome
+                return list(pool.map(build, jobs))
             except BaseException:  # Ctrl-C or a failed build: the others need not end
                 pool.shutdown(wait=False, cancel_futures=True)
                 for child in tuple(self._children):
                     child.kill()
                 raise
-        return [outcomes[component] for component in self.components()]
 
     def _build(self, component: str, record: ComponentRecord, percent: Callable[[int], None]) -> PlanHeader:
         """One engine, by a child process, into the cache."""

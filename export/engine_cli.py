@@ -94,13 +94,15 @@ def build_engines(
 
     wanted = tuple(part.strip() for part in capabilities.split(",")) if capabilities else ()
     builds = EngineBuilds(opened, PlanCache(cache or default_cache()), engine, profile, wanted)
+    kept, missing = builds.survey(force)
+    for job in missing:
+        click.echo(f"to build: {job.component}, {job.prediction} ({job.reason})", err=True)
     with _bars() as percent:
-        outcomes = builds.run(force, jobs, percent)
+        outcomes = [*kept, *builds.run(missing, jobs, percent)]
     for outcome in outcomes:
         click.echo(_line(outcome))
     plans = sum(outcome.header.size for outcome in outcomes) / 2**20
-    built = sum(outcome.was_built for outcome in outcomes)
-    click.echo(f"{root}: {built} built, {len(outcomes) - built} kept, {plans:.1f} MiB of engines")
+    click.echo(f"{root}: {len(missing)} built, {len(kept)} kept, {plans:.1f} MiB of engines")
 
 
 def _source(
