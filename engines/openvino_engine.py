@@ -54,10 +54,8 @@ class OpenVinoEngine:
         """
         self.component = component
         self.spec = spec
-        try:
-            self._model: ov.Model | None = _core().read_model(os.fspath(path))
-        except Exception as error:
-            raise EngineError(f"{component}: OpenVINO cannot load {path}: {first_line(error)}") from error
+        self._path = path
+        self._model: ov.Model | None = self._read()
         found = [tensor.get_any_name() for tensor in self._model.inputs]
         expected = [tensor.name for tensor in spec.inputs]
         if found != expected:
@@ -66,10 +64,11 @@ class OpenVinoEngine:
         self.precision = "bfloat16" if is_half else "float32"
         self._shapes: _Shapes | None = None
         self._request: ov.InferRequest | None = None
+        self._is_closed = False
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         """Outputs by name; see `Engine`."""
-        if self._model is None:
+        if self._is_closed:
             raise EngineError(f"{self.component}: the engine is closed")
         check_inputs(self.component, self.spec, inputs)
         try:
@@ -81,13 +80,19 @@ class OpenVinoEngine:
         check_finite(self.component, outputs)
         return outputs
 
+    def _read(self) -> ov.Model:
+        try:
+            return _core().read_model(os.fspath(self._path))
+        except Exception as error:
+            raise EngineError(f"{self.component}: OpenVINO cannot load {self._path}: {first_line(error)}") from error
+
     def _compiled(self, shapes: dict[str, tuple[int, ...]]) -> ov.InferRequest:
         """An inference request for these shapes."""
         wanted = tuple(shapes[tensor.name] for tensor in self.spec.inputs)
         if self._request is None or wanted != self._shapes:
-            assert self._model is not None
             self._request = None
-            model = self._model.clone()
+            # The graph's weights are not needed once they are compiled, and are read again for other shapes.
+            model, self._model = self._model or self._read(), None
             model.reshape({name: list(shape) for name, shape in shapes.items()})
             options = {
                 "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
@@ -102,6 +107,7 @@ class OpenVinoEngine:
     def close(self) -> None:
         """Free the graph and what was compiled from it."""
         self._request = self._model = None
+        self._is_closed = True
 
     def __enter__(self) -> Self:
         return self

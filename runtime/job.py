@@ -115,7 +115,7 @@ class Job:
             bar = bar if bar is not None else show(step.count)
             bar.update()
 
-        with Pipeline.open(self.bundle or demo_bundle(), engine=self.engine) as pipeline:
+        with Pipeline.open(self.bundle or demo_bundle(), engine=self.engine, keep_engines=False) as pipeline:
             try:
                 result = pipeline.run(self.request, progress)
             finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -59,33 +59,39 @@ class Result:
 class Pipeline:
     """An opened bundle that makes pictures. Engines open when first needed and stay open until `close`."""
 
-    def __init__(self, bundle: Bundle, engine: str = "auto") -> None:
+    def __init__(self, bundle: Bundle, engine: str = "auto", keep_engines: bool = True) -> None:
         self.bundle = bundle
+        self.keep_engines = keep_engines
         self.manifest = bundle.manifest
         self.choice = resolve_engine(engine)
         self.engine = self.choice.name
-        self._stack = ExitStack()
         self._engines: dict[str, Engine] = {}
+        self._load_seconds = 0.0
         self._tokenizer = Tokenizer.open(bundle.file(self.manifest.tokenizer), self.manifest.text_tokens)
         self._scheduler_config = _read_json(bundle.file(self.manifest.scheduler))
 
     @classmethod
-    def open(cls, path: Path | str, *, engine: str = "auto", verify: bool = True) -> Pipeline:
+    def open(
+        cls, path: Path | str, *, engine: str = "auto", verify: bool = True, keep_engines: bool = True
+    ) -> Pipeline:
         """Open a bundle's folder.
 
         Args:
             path: the folder that `ipa-export onnx` wrote.
             engine: back-end, one of `ipa.engines.registry.ENGINE_NAMES`.
             verify: check the sha256 of every file first.
+            keep_engines: keep them for the next request. Without, each closes after its stage: one request takes
+                no more memory than its largest stage does.
         Raises:
             BundleError: the bundle is missing, damaged or of a newer format.
         """
-        return cls(Bundle.open(Path(path), verify), engine)
+        return cls(Bundle.open(Path(path), verify), engine, keep_engines)
 
     def close(self) -> None:
         """Close every engine."""
-        self._engines.clear()
-        self._stack.close()
+        while self._engines:
+            _, engine = self._engines.popitem()
+            engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -115,20 +121,22 @@ class Pipeline:
         """
         request, schedule = self._resolved(request)
         image = None if request.image is None else open_image(request.image)
-        stopwatch = _Stopwatch()
-        with stopwatch("load"):
+        seconds = {"load": 0.0}
+        self._load_seconds = 0.0
+        if self.keep_engines:  # all at once: what cannot be opened is known before the work starts
             self._load(request)
-        with stopwatch("text"):
+        with self._stage("text", seconds):
             text_kv, warnings = self._text_kv(request)
-        with stopwatch("image"):
+        with self._stage("image", seconds):
             image_kv = self._image_kv(request, image)
-        with stopwatch("denoise"):
+        with self._stage("denoise", seconds):
             for step in self._denoise(request, schedule, text_kv, image_kv):
                 if callback is not None:
                     callback(step)
-        with stopwatch("vae_decoder"):
+        with self._stage("vae_decoder", seconds):
             images = self._decode(step.latents)
-        return Result(images, request, warnings, step.count, stopwatch.seconds)
+        seconds["load"] = self._load_seconds
+        return Result(images, request, warnings, step.count, seconds)
 
     def steps(self, request: Request) -> Iterator[Step]:
         """The denoising loop alone, as a generator: the last step's latents are the final ones."""
@@ -146,8 +154,19 @@ class Pipeline:
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
-            self._engines[name] = self._stack.enter_context(self.bundle.open_component(name, self.engine))
+            start = time.perf_counter()
+            self._engines[name] = self.bundle.open_component(name, self.engine)
+            self._load_seconds += time.perf_counter() - start
         return self._engines[name]
+
+    @contextmanager
+    def _stage(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
+        """Time a stage, without what opening engines took; its engines close if they are not kept."""
+        start, loaded = time.perf_counter(), self._load_seconds
+        yield
+        seconds[name] = time.perf_counter() - start - (self._load_seconds - loaded)
+        if not self.keep_engines:
+            self.close()
 
     def _resolved(self, request: Request) -> tuple[Request, Schedule]:
         """The request with nothing left open, and its run of the scheduler."""
@@ -212,19 +231,6 @@ class Pipeline:
         decoder = self._engine("vae_decoder")
         unscaled = (latents / np.float32(self.manifest.vae.scaling_factor)).astype(decoder.spec.inputs[0].dtype)
         return [to_images(decoder(latents=one[None])["image"].astype(np.float32))[0] for one in unscaled]
-
-
-class _Stopwatch:
-    """Wall-clock seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = time.perf_counter() - start
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

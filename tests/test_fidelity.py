@@ -167,3 +167,16 @@ def test_a_step_of_the_batch_alone_is_the_same_picture(pipeline: Pipeline, refer
 def test_the_same_request_gives_the_same_bits(pipeline: Pipeline, reference_image: Image.Image) -> None:
     request = make_request(reference_image)
     np.testing.assert_array_equal(last_latents(pipeline, request), last_latents(pipeline, request))
+
+
+def test_engines_that_close_after_their_stage_give_the_same_bits(
+    tiny_bundle: Path, pipeline: Pipeline, reference_image: Image.Image
+) -> None:
+    request = Request(prompt="a cat", image=reference_image, seed=2, num_inference_steps=2, height=64, width=64)
+    with Pipeline.open(tiny_bundle, engine="onnxruntime", keep_engines=False) as frugal:
+        for _ in range(2):
+            result = frugal.run(request)
+            assert not frugal._engines
+            np.testing.assert_array_equal(result.images[0], pipeline.run(request).images[0])
+    assert list(result.seconds) == ["load", "text", "image", "denoise", "vae_decoder"]
+    assert result.seconds["load"] > 0
