@@ -21,6 +21,7 @@ class Engine(Protocol):
     component: str
     spec: ComponentSpec
     precision: str  # float32, float16 or bfloat16: what most of it is computed in
+    load_seconds: float  # spent so far on opening and compiling, within a call too
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         """Outputs by name.

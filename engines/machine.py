@@ -1,4 +1,4 @@
-"""What this machine has for us: processor cores and memory."""
+"""What this machine has for us: processor cores, memory, and a place for what is built."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ def available_memory() -> int | None:
         found += [int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable:")]
         limit = Path("/sys/fs/cgroup/memory.max").read_text("ascii").strip()
         if limit != "max":
-            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text("ascii")))
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text("ascii"))
+            stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text("ascii").splitlines())
+            found.append(int(limit) - used + int(stat.get("inactive_file", 0)))  # file cache can be given back
     except (OSError, ValueError):
         pass
     return min(found, default=None)
+
+
+def default_cache() -> Path:
+    """`$IPA_CACHE`, else `ipa` in the XDG cache folder."""
+    if given := os.environ.get("IPA_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ipa"

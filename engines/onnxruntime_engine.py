@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,6 +36,7 @@ class OnnxRuntimeEngine:
         """
         self.component = component
         self.spec = spec
+        start = time.perf_counter()
         options = ort.SessionOptions()
         options.intra_op_num_threads = available_cores()
         options.log_severity_level = _SEVERITY_ERROR
@@ -49,6 +51,7 @@ class OnnxRuntimeEngine:
         if found != expected:
             raise EngineError(f"{component}: {path} takes inputs {found}, the manifest says {expected}")
         self._outputs = [tensor.name for tensor in spec.outputs]
+        self.load_seconds = time.perf_counter() - start
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         """Outputs by name; see `Engine`."""

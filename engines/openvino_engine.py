@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +56,7 @@ class OpenVinoEngine:
         self.component = component
         self.spec = spec
         self._path = path
+        start = time.perf_counter()
         self._model: ov.Model | None = self._read()
         found = [tensor.get_any_name() for tensor in self._model.inputs]
         expected = [tensor.name for tensor in spec.inputs]
@@ -65,6 +67,7 @@ class OpenVinoEngine:
         self._shapes: _Shapes | None = None
         self._request: ov.InferRequest | None = None
         self._is_closed = False
+        self.load_seconds = time.perf_counter() - start
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         """Outputs by name; see `Engine`."""
@@ -90,6 +93,7 @@ class OpenVinoEngine:
         """An inference request for these shapes."""
         wanted = tuple(shapes[tensor.name] for tensor in self.spec.inputs)
         if self._request is None or wanted != self._shapes:
+            start = time.perf_counter()
             self._request = None
             # The graph's weights are not needed once they are compiled, and are read again for other shapes.
             model, self._model = self._model or self._read(), None
@@ -102,6 +106,7 @@ class OpenVinoEngine:
             }
             self._request = _core().compile_model(model, _DEVICE, options).create_infer_request()
             self._shapes = wanted
+            self.load_seconds += time.perf_counter() - start
         return self._request
 
     def close(self) -> None:

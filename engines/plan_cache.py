@@ -15,18 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ipa.engines.errors import EngineError
-from ipa.engines.plan_file import PlanError, PlanHeader, PlanKey, read_header, read_plan, write_plan
+from ipa.engines.plan_file import PlanError, PlanHeader, PlanKey, check_plan, read_header, read_plan, write_plan
 
 _SECRET_FILE, _SECRET_BYTES = "key", 32
 _SUFFIX = ".plan"
 _WORKSPACE = ".build-"
-
-
-def default_cache() -> Path:
-    """`$IPA_CACHE`, else `ipa` in the XDG cache folder."""
-    if given := os.environ.get("IPA_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ipa"
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ class PlanCache:
         return self.root / f"{_file_part(key.component)}-{key.engine}-{key.digest[:32]}{_SUFFIX}"
 
     def find(self, key: PlanKey, bundle: Path) -> PlanHeader | Missing:
-        """The header of a key's plan, or why there is none.
+        """The header of a key's plan, all of which has been checked; or why there is none.
 
         Args:
             key: of the plan that is wanted.
@@ -70,8 +63,8 @@ class PlanCache:
         if not path.exists():
             return Missing(self._why_missing(key, bundle))
         try:
-            header = read_header(path, self._secret)
-        except PlanError as error:
+            header = check_plan(path, self._secret)
+        except (PlanError, OSError) as error:
             return Missing(f"{path.name} is refused: {error}")
         return header if header.key == key else Missing(f"{path.name} holds another plan")
 
@@ -96,32 +89,42 @@ class PlanCache:
 
         Args:
             key: what it was built of and for.
-            plan: file with the serialised engine, in any place.
+            plan: file with the serialised engine, in a `workspace` of this cache.
             bundle, tensors, seconds, peak_mib: see `PlanHeader`.
+        Raises:
+            EngineError: the disk is full or failed.
         """
-        with plan.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        header = PlanHeader(key, os.fspath(bundle.resolve()), tensors, seconds, peak_mib, plan.stat().st_size, sha256)
-        handle, name = tempfile.mkstemp(dir=self.root, prefix=".", suffix=".partial")  # mode 0600
-        os.close(handle)
         try:
+            with plan.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            folder, size = os.fspath(bundle.resolve()), plan.stat().st_size
+            header = PlanHeader(key, folder, tensors, seconds, peak_mib, size, sha256)
+            handle, name = tempfile.mkstemp(dir=plan.parent)  # mode 0600, and gone with the workspace
+            os.close(handle)
             write_plan(Path(name), header, plan, self._secret)
             _sync(Path(name))
             Path(name).replace(self.path(key))
             _sync(self.root)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        except OSError as error:
+            raise self._failed(error) from error
         return header
 
     @contextmanager
     def workspace(self) -> Iterator[Path]:
-        """A folder on the cache's disk; it is gone afterwards, or at the next build if this one is killed."""
-        with _locked(self.root):  # so that nobody takes the new folder, not locked yet, for an abandoned one
-            for folder in self.root.glob(f"{_WORKSPACE}*"):
-                _remove_unless_locked(folder)
-            folder = Path(tempfile.mkdtemp(prefix=_WORKSPACE, dir=self.root))
-            handle = os.open(folder, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        """A folder on the cache's disk; it is gone afterwards, or at the next build if this one is killed.
+
+        Raises:
+            EngineError: it cannot be made.
+        """
+        try:
+            with _locked(self.root):  # so that nobody takes the new folder, not locked yet, for an abandoned one
+                for folder in self.root.glob(f"{_WORKSPACE}*"):
+                    _remove_unless_locked(folder)
+                folder = Path(tempfile.mkdtemp(prefix=_WORKSPACE, dir=self.root))
+                handle = os.open(folder, os.O_RDONLY)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise self._failed(error) from error
         try:
             yield folder
         finally:
@@ -133,8 +136,15 @@ class PlanCache:
         for path in sorted(self.root.glob(f"*{_SUFFIX}")):
             try:
                 yield path, read_header(path, self._secret)
-            except PlanError:
+            except (PlanError, OSError):
                 continue
+
+    def _failed(self, error: OSError) -> EngineError:
+        free = shutil.disk_usage(self.root).free / 2**30
+        return EngineError(
+            f"the engine cache {self.root} cannot be written: {error.strerror or error}; {free:.1f} GiB of disk are "
+            "free: make room, or name another folder by IPA_CACHE"
+        )
 
     def _why_missing(self, key: PlanKey, bundle: Path) -> str:
         """The difference to the nearest plan of the same component and bundle."""
@@ -160,7 +170,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _remove_unless_locked(folder: Path) -> None:
     """Remove what a killed build left behind; a living one holds a lock on its folder."""
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # its build has ended meanwhile
+        return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 MAGIC = b"IPAPLAN1"
 _LENGTHS = struct.Struct("<I32s")  # of the header in bytes, and the HMAC
 _MAX_HEADER = 2**20
+_BLOCK = 2**24
 
 
 class PlanError(Exception):
@@ -37,6 +38,7 @@ class PlanKey:
         target: compute capabilities it is for, such as `8.6,8.9`, or the one GPU it was built on.
         profile: smallest, usual and largest shape of every input, as text.
         platform: operating system and processor.
+        recipe: number of our own way to build; another one builds again.
     """
 
     component: str
@@ -47,6 +49,7 @@ class PlanKey:
     target: str
     profile: str
     platform: str
+    recipe: str
 
     @property
     def digest(self) -> str:
@@ -110,7 +113,7 @@ def write_plan(path: Path, header: PlanHeader, plan: Path, secret: bytes) -> Non
     text = header.to_json()
     with path.open("wb") as target, plan.open("rb") as source:
         target.write(MAGIC + _LENGTHS.pack(len(text), _mac(text, secret)) + text)
-        while block := source.read(2**24):
+        while block := source.read(_BLOCK):
             target.write(block)
 
 
@@ -127,14 +130,29 @@ def read_header(path: Path, secret: bytes | None) -> PlanHeader:
         return _read_header(file, path.stat().st_size, secret)
 
 
+def check_plan(path: Path, secret: bytes | None) -> PlanHeader:
+    """The header, after a look at all of the plan; arguments and errors as `read_plan`, in little memory."""
+    with path.open("rb") as file:
+        header = _read_header(file, path.stat().st_size, secret)
+        found = hashlib.sha256()
+        while block := file.read(_BLOCK):
+            found.update(block)
+    _check_sha256(found.hexdigest(), header)
+    return header
+
+
 def read_plan(path: Path, secret: bytes | None) -> tuple[PlanHeader, bytes]:
     """Header and plan; arguments and errors as `read_header`, and the plan is the one that was written."""
     with path.open("rb") as file:
         header = _read_header(file, path.stat().st_size, secret)
         plan = file.read()
-    if hashlib.sha256(plan).hexdigest() != header.sha256:
-        raise PlanError("the plan in it is damaged (sha256)")
+    _check_sha256(hashlib.sha256(plan).hexdigest(), header)
     return header, plan
+
+
+def _check_sha256(found: str, header: PlanHeader) -> None:
+    if found != header.sha256:
+        raise PlanError("the plan in it is damaged (sha256)")
 
 
 def _read_header(file: BinaryIO, file_size: int, secret: bytes | None) -> PlanHeader:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 from ipa.engines.engine import Engine
-from ipa.engines.errors import EngineError
+from ipa.engines.errors import EngineError, first_line
 from ipa.engines.spec import ComponentSpec
 
 Opener = Callable[[str, ComponentSpec, Path], Engine]
@@ -113,4 +114,12 @@ def open_engine(name: str, component: str, spec: ComponentSpec, path: Path) -> E
     Raises:
         EngineError: the back-end is unknown or not installed, or it cannot load the graph.
     """
-    return _backend(resolve_engine(name).name).open(component, spec, path)
+    backend = _backend(resolve_engine(name).name)
+    try:
+        import_module(backend.module)
+    except Exception as error:  # a broken installation may raise anything
+        raise EngineError(
+            f"the engine '{backend.name}' cannot be loaded: {first_line(error)}; run `{backend.install}`, or name "
+            "another with --engine"
+        ) from error
+    return backend.open(component, spec, path)

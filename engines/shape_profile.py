@@ -11,8 +11,7 @@ from ipa.engines.spec import ComponentSpec
 
 Shape = tuple[int, ...]
 _SIDE_MULTIPLE = 8  # of pictures, in pixels
-# Negative and positive half run as one batch in these; the others see one entry a picture.
-_GUIDED = ("text_encoder", "text_kv", "unet")
+_HALVES = ("text_encoder", "text_kv")  # run on the negative and the positive prompt
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,8 @@ class ShapeProfile:
 
         Args:
             resolutions: `WIDTHxHEIGHT` in pixels; the first is the usual one, the engine covers all.
-            batch, tokens: as `Range.parse` reads them.
+            batch, tokens: as `Range.parse` reads them. A request without image prompt takes the smallest number of
+            tokens, of zeros.
         Raises:
             RequestError: names the option and what it takes.
         """
@@ -102,17 +102,14 @@ class ShapeProfile:
 
     def _axes(self, component: str, downscale: int) -> Mapping[str, Range]:
         is_adapter = component.startswith("ip_adapter/")
-        if component in _GUIDED:
-            # From 1 on: without guidance there is no negative half.
-            batch = Range(1, 2 * self.batch.usual, 2 * self.batch.largest)
-        elif is_adapter or component == "image_encoder":
-            # Reference images: the adapter has a negative half too, the encoder's batch are the images themselves.
-            batch = Range(1, 2 if is_adapter else 1, 2 * self.batch.largest)
+        if component == "unet":  # without guidance there is no negative half
+            batch = Range(self.batch.smallest, 2 * self.batch.usual, 2 * self.batch.largest)
         else:
-            batch = self.batch
+            # Prompts and reference images, negative half first where there is one; the VAE takes picture by picture.
+            batch = Range(1, 2 if component in _HALVES or is_adapter else 1, 2 * self.batch.largest)
         return {
             "batch": batch,
-            "tokens": Range(1, self.tokens.usual, self.tokens.largest),  # 1: an unused slot is one token of zeros
+            "tokens": self.tokens,
             "height": self.height,
             "width": self.width,
             "latent_height": _latent(self.height, downscale),

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+from ipa.engines.cuda_driver import Driver, NoDriver, find_driver
 from ipa.engines.errors import EngineError, first_line
 
-# Back-end name to module and to the extra of our distribution that installs it.
+# Back-end name to module.
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-EXTRAS = {"tensorrt": "trt-cu13", "tensorrt-rtx": "trt-rtx"}
+_CUDA_MAJORS = ("cu13", "cu12")
 _OLDEST = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 4)}
 
 
 def is_installed(engine: str) -> bool:
     """Whether the module of a back-end is there."""
     return find_spec(MODULES[engine]) is not None
+
+
+def install_command(engine: str, driver: Driver | NoDriver | None = None) -> str:
+    """The command that installs a back-end for this machine.
+
+    Args:
+        engine: `tensorrt` or `tensorrt-rtx`.
+        driver: as `find_driver` gives it; left out: it is asked.
+    """
+    if engine == "tensorrt-rtx":
+        return "pip install 'ipa-runtime[trt-rtx]'"
+    driver = find_driver() if driver is None else driver
+    major = "cu12" if isinstance(driver, Driver) and driver.cuda[0] < 13 else "cu13"
+    return f"pip install 'ipa-runtime[trt-{major}]'"
+
+
+def library_version(engine: str) -> str:
+    """Version of a back-end that is installed, with the CUDA major it was made for: `11.4.0.106 cu13`."""
+    library = load_library(engine)
+    majors = [major for major in _CUDA_MAJORS if _is_there(f"{MODULES[engine]}_{major}")]
+    return " ".join([str(library.__version__), *majors[:1]])
+
+
+def _is_there(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def load_library(engine: str) -> Any:
@@ -27,15 +58,15 @@ def load_library(engine: str) -> Any:
     Raises:
         EngineError: it is missing, cannot be loaded, or is too old.
     """
-    install = f"pip install 'ipa-runtime[{EXTRAS[engine]}]'"
+    install = install_command(engine)
     if not is_installed(engine):
         raise EngineError(f"the engine '{engine}' is not installed: run `{install}`")
     try:
         library = importlib.import_module(MODULES[engine])
     except (ImportError, OSError) as error:  # its shared libraries are of another CUDA major, or missing
         raise EngineError(f"the engine '{engine}' cannot be loaded: {first_line(error)}; run `{install}`") from error
-    version = tuple(int(part) for part in library.__version__.split(".")[:2])
-    if version < _OLDEST[engine]:
+    found = tuple(int(part) for part in library.__version__.split(".")[:2])
+    if found < _OLDEST[engine]:
         oldest = ".".join(map(str, _OLDEST[engine]))
         raise EngineError(f"{engine} {library.__version__} is too old, {oldest} is needed: run `{install}`")
     return library

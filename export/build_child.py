@@ -22,6 +22,7 @@ import onnx
 from ipa.engines.tensorrt_library import load_library
 from ipa.export.attention_function import expanded
 
+RECIPE = "1"  # of this file and of the graph it hands over: another number builds every engine again
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
 
@@ -82,12 +83,12 @@ def build(task: BuildTask, report: TextIO) -> None:
         profile.set_shape(name, *shapes)
     if task.shapes and config.add_optimization_profile(profile) < 0:
         raise BuildError("the library refused the shapes of the profile")
+    print(json.dumps({"tensors": _tensors(network, profile, task)}), file=report, flush=True)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildError("the builder gave no engine; its messages are above")
     Path(task.plan).write_bytes(plan)
     result = {
-        "tensors": _tensors(network, profile, task),
         "seconds": time.perf_counter() - start,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
     }
@@ -104,9 +105,9 @@ def _parse(trt: Any, network: Any, logger: Any, path: Path) -> None:
 
 
 def _tensors(network: Any, profile: Any, task: BuildTask) -> dict[str, dict[str, Any]]:
-    """Inputs and outputs as the network has them, inputs with the shapes that the profile has.
+    """Inputs and outputs of the network, inputs with the shapes of the profile.
 
-    An engine can be read back only where a GPU is, so this is asked before it is built.
+    The engine itself can be asked only where a GPU is.
     """
     tensors = [network.get_input(index) for index in range(network.num_inputs)]
     tensors += [network.get_output(index) for index in range(network.num_outputs)]

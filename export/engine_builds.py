@@ -10,10 +10,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import IO, Any
 
 from ipa.engines.bundle import Bundle, verify_files
 from ipa.engines.cuda_driver import Driver, find_driver
@@ -23,12 +24,12 @@ from ipa.engines.plan_cache import Missing, PlanCache
 from ipa.engines.plan_file import PlanHeader, PlanKey
 from ipa.engines.shape_profile import ShapeProfile, as_text
 from ipa.engines.spec import ComponentSpec
-from ipa.engines.tensorrt_library import load_library
-from ipa.export.build_child import BuildTask
+from ipa.engines.tensorrt_library import library_version, load_library
+from ipa.export.build_child import RECIPE, BuildTask
 from ipa.export.resources import Prediction, check_resources
 
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # that TensorRT-RTX builds for without the GPU
-ANY_CAPABILITY = "any that the library serves"
+ANY_CAPABILITY = "8.0 and later"  # what TensorRT-RTX builds for by itself
 _LAST_LINES = 3
 Percent = Callable[[str, int], None]
 
@@ -71,10 +72,12 @@ class EngineBuilds:
             EngineError: the library is missing or does not fit.
         """
         self._bundle, self._cache, self._engine, self._profile = bundle, cache, engine, profile
-        self._version = str(load_library(engine).__version__)
+        self._version = library_version(engine)
         self._capabilities = capabilities
-        self._target = _target(engine, capabilities)
+        self._target = target(engine, capabilities)
         self._children: set[subprocess.Popen[bytes]] = set()
+        self._starting = Lock()
+        self._is_stopped = False
 
     def components(self) -> dict[str, ComponentRecord]:
         """Everything of the bundle that becomes an engine."""
@@ -94,6 +97,7 @@ class EngineBuilds:
             target=self._target,
             profile=as_text(shapes),
             platform=f"{platform.system()}-{platform.machine()}".lower(),
+            recipe=RECIPE,
         )
 
     def survey(self, force: bool = False) -> tuple[list[Outcome], list[Job]]:
@@ -124,21 +128,30 @@ class EngineBuilds:
         Raises:
             EngineError: memory or disk cannot hold a build, or one failed; plans that were finished are kept.
         """
-        for job in jobs:
-            check_resources(job.component, job.prediction, self._cache.root, min(at_once, len(jobs)))
+        check_resources({job.component: job.prediction for job in jobs}, self._cache.root, at_once)
 
         def build(job: Job) -> Outcome:
             header = self._build(job.component, job.record, lambda done: percent(job.component, done))
             return Outcome(job.component, True, job.reason, header)
 
         with ThreadPoolExecutor(at_once) as pool:
+            futures = [pool.submit(build, job) for job in jobs]
             try:
-                return list(pool.map(build, jobs))
+                done, running = wait(futures, return_when=FIRST_EXCEPTION)
+                if running:
+                    next(future for future in done if future.exception()).result()
             except BaseException:  # Ctrl-C or a failed build: the others need not end
                 pool.shutdown(wait=False, cancel_futures=True)
-                for child in tuple(self._children):
-                    child.kill()
+                self._stop()
                 raise
+            return [future.result() for future in futures]
+
+    def _stop(self) -> None:
+        """End what is being built, and start nothing more."""
+        with self._starting:
+            self._is_stopped = True
+            for child in self._children:
+                child.kill()
 
     def _build(self, component: str, record: ComponentRecord, percent: Callable[[int], None]) -> PlanHeader:
         """One engine, by a child process, into the cache."""
@@ -155,8 +168,7 @@ class EngineBuilds:
                 "capabilities": list(self._capabilities),
                 "plan": os.fspath(plan),
             }
-            result = self._run_child(component, task, folder, percent)
-            _check_tensors(component, record.spec, ranges, result["tensors"])
+            result = self._run_child(component, record.spec, task, folder, percent)
             tensors = {name: _describe(tensor) for name, tensor in result["tensors"].items()}
             percent(100)
             return self._cache.store(
@@ -164,7 +176,12 @@ class EngineBuilds:
             )
 
     def _run_child(
-        self, component: str, task: Mapping[str, Any], folder: Path, percent: Callable[[int], None]
+        self,
+        component: str,
+        spec: ComponentSpec,
+        task: Mapping[str, Any],
+        folder: Path,
+        percent: Callable[[int], None],
     ) -> dict[str, Any]:
         """Run the child to its end; what it prints ends up in the message if it fails."""
         reading, writing = os.pipe()
@@ -172,40 +189,60 @@ class EngineBuilds:
         file.write_text(BuildTask(**task, pipe=writing).to_json(), "utf-8")
         result: dict[str, Any] = {}
         with tempfile.TemporaryFile(dir=folder) as output, os.fdopen(reading) as reports:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "ipa.export.build_child", os.fspath(file)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[writing],
-                start_new_session=True,  # Ctrl-C is for us, who end it
-            )
-            os.close(writing)
-            self._children.add(child)
+            try:
+                child = self._start([sys.executable, "-m", "ipa.export.build_child", os.fspath(file)], writing, output)
+            finally:
+                os.close(writing)
             try:
                 for report in _records(reports):
                     if "percent" in report:
                         percent(min(int(report["percent"]), 99))
-                    else:
-                        result = report
+                        continue
+                    result |= report
+                    if "tensors" in report:
+                        _check_tensors(component, spec, report["tensors"])
                 code = child.wait()
             finally:
                 child.kill()
                 child.wait()
                 self._children.discard(child)
-            if code or not result:
+            if code or "seconds" not in result:
                 output.seek(0)
                 lines = output.read().decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
                 said = " / ".join(lines) or "it printed nothing"
                 raise EngineError(f"{component}: {self._engine} {self._version} {_ending(code)}; {said}")
         return result
 
+    def _start(self, command: list[str], writing: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
+        """Start a child, unless all of them were stopped."""
+        with self._starting:
+            if self._is_stopped:
+                raise EngineError("stopped")
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[writing],
+                start_new_session=True,  # Ctrl-C is for us, who end it
+            )
+            self._children.add(child)
+        return child
 
-def _target(engine: str, capabilities: tuple[str, ...]) -> str:
+
+def target(engine: str, capabilities: tuple[str, ...]) -> str:
+    """The GPUs that engines are built for, as text for a key.
+
+    Raises:
+        EngineError: the library cannot build for them, or not here.
+    """
+    load_library(engine)
     if engine == "tensorrt-rtx":
         unknown = [capability for capability in capabilities if capability not in CAPABILITIES]
         if unknown:
             raise EngineError(f"--compute-capability {unknown[0]} is none of {', '.join(CAPABILITIES)}")
+        if len(set(capabilities)) < len(capabilities):
+            raise EngineError(f"--compute-capability {','.join(capabilities)} names one twice")
         return ",".join(sorted(capabilities, key=CAPABILITIES.index)) or ANY_CAPABILITY
     driver = find_driver()
     if not isinstance(driver, Driver):
@@ -236,19 +273,13 @@ def _ending(code: int) -> str:
     return "could not build it"
 
 
-def _check_tensors(
-    component: str, spec: ComponentSpec, shapes: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """The engine has the tensors of the spec table, with their types, and inputs with the profile's shapes."""
+def _check_tensors(component: str, spec: ComponentSpec, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """The network has the tensors of the spec table, with their types."""
     for tensor in (*spec.inputs, *spec.outputs):
         actual = found.get(tensor.name)
         axes = [axis if isinstance(axis, int) else -1 for axis in tensor.axes]
         if actual is None or actual["dtype"] != tensor.dtype or actual["axes"] != axes:
-            raise EngineError(f"{component}: the engine has {actual} for {tensor.name}, the bundle says {tensor}")
-        if tensor.name in shapes and actual["shapes"] != shapes[tensor.name]:
-            raise EngineError(
-                f"{component}: {tensor.name} has shapes {actual['shapes']}, {shapes[tensor.name]} were asked for"
-            )
+            raise EngineError(f"{component}: the network has {actual} for {tensor.name}, the bundle says {tensor}")
 
 
 def _describe(tensor: Mapping[str, Any]) -> str:

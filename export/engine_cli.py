@@ -41,7 +41,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     "--compute-capability",
     "capabilities",
     metavar="LIST",
-    help="GPUs to build for, such as 8.6,8.9; tensorrt-rtx alone. [default: all that the library serves]",
+    help="GPUs to build for, such as 8.6,8.9; tensorrt-rtx alone. [default: 8.0 and later]",
 )
 @click.option(
     "--cache", type=_FOLDER, metavar="DIR", help="Where engines are kept. [default: $IPA_CACHE, ~/.cache/ipa]"
@@ -70,10 +70,16 @@ def build_engines(
     TensorRT builds on the GPU that will run the engines. TensorRT-RTX needs no GPU to build.
     """
     from ipa.engines.bundle import Bundle
-    from ipa.engines.plan_cache import PlanCache, default_cache
+    from ipa.engines.machine import default_cache
+    from ipa.engines.plan_cache import PlanCache
     from ipa.engines.shape_profile import ShapeProfile
+    from ipa.export.engine_builds import EngineBuilds, target
 
     root = _source(bundle, base, adapters, image_encoder, output)
+    wanted = tuple(part.strip() for part in capabilities.split(",")) if capabilities else ()
+    ShapeProfile.parse(resolutions or ["512x512"], batch, image_tokens)  # before the minutes that an export takes
+    target(engine, wanted)
+    plans = PlanCache(cache or default_cache())
     if base is not None:
         command = context.parent and context.parent.command
         assert isinstance(command, click.Group)
@@ -89,11 +95,7 @@ def build_engines(
     opened = Bundle.open(root, verify=False)  # what is built is hashed before
     defaults = opened.manifest.defaults
     profile = ShapeProfile.parse(resolutions or [f"{defaults.width}x{defaults.height}"], batch, image_tokens)
-
-    from ipa.export.engine_builds import EngineBuilds
-
-    wanted = tuple(part.strip() for part in capabilities.split(",")) if capabilities else ()
-    builds = EngineBuilds(opened, PlanCache(cache or default_cache()), engine, profile, wanted)
+    builds = EngineBuilds(opened, plans, engine, profile, wanted)
     kept, missing = builds.survey(force)
     for job in missing:
         click.echo(f"to build: {job.component}, {job.prediction} ({job.reason})", err=True)
@@ -101,8 +103,8 @@ def build_engines(
         outcomes = [*kept, *builds.run(missing, jobs, percent)]
     for outcome in outcomes:
         click.echo(_line(outcome))
-    plans = sum(outcome.header.size for outcome in outcomes) / 2**20
-    click.echo(f"{root}: {len(missing)} built, {len(kept)} kept, {plans:.1f} MiB of engines")
+    size = sum(outcome.header.size for outcome in outcomes) / 2**20
+    click.echo(f"{root}: {len(missing)} built, {len(kept)} kept, {size:.1f} MiB of engines")
 
 
 def _source(

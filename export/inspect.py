@@ -61,8 +61,10 @@ def _validation(manifest: Manifest) -> Iterator[str]:
         return
     checks = manifest.validation.get("checks", [])
     failed = [check["name"] for check in checks if not check["passed"]]
-    yield f"validation: {len(checks) - len(failed)} of {len(checks)} checks passed"
+    open_ones = [check["name"] for check in checks if not check.get("is_judged", True)]
+    yield f"validation: {len(checks) - len(failed) - len(open_ones)} of {len(checks)} checks passed"
     yield from (f"    failed: {name}" for name in failed)
+    yield from (f"    not judged: {name}" for name in open_ones)
 
 
 def _size(files: tuple[FileRecord, ...]) -> int:

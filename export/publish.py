@@ -126,7 +126,10 @@ def _prefix(target: Path) -> str:
 def _remove_abandoned(target: Path) -> None:
     """Remove what killed exports to the same target left behind; a living one holds a lock on its folder."""
     for folder in target.parent.glob(f"{_prefix(target)}*"):
-        handle = os.open(folder, os.O_RDONLY)
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # its export has ended meanwhile
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

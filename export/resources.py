@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,27 +40,33 @@ class Prediction:
         return f"about {self.seconds:.0f} s, {self.memory / _GIB:.1f} GiB of memory, {self.disk / _GIB:.1f} GiB of disk"
 
 
-def check_resources(component: str, prediction: Prediction, folder: Path, at_once: int = 1) -> None:
-    """Refuse a build that memory or disk cannot hold.
+def check_resources(predictions: Mapping[str, Prediction], folder: Path, at_once: int = 1) -> None:
+    """Refuse builds that memory or disk cannot hold.
 
     Args:
-        component: for the message.
-        prediction: for its graph.
-        folder: where the plan will lie.
+        predictions: by component.
+        folder: where the plans will lie.
         at_once: builds that run at the same time.
     Raises:
         EngineError: with what is needed and what there is.
     """
-    memory, available = prediction.memory * at_once, available_memory()
+    largest = sorted(predictions, key=lambda component: predictions[component].memory)[-at_once:]
+    if not largest:
+        return
+    names, available = " and ".join(largest), available_memory()
+    memory = sum(predictions[component].memory for component in largest)
     if available is not None and memory > available:
-        advice = "build with --jobs 1" if at_once > 1 else "build on a machine with more, or end other programs"
+        advice = "build with --jobs 1" if len(largest) > 1 else "build on a machine with more, or end other programs"
         raise EngineError(
-            f"{component}: building needs about {memory / _GIB:.1f} GiB of memory, {available / _GIB:.1f} GiB "
+            f"{names}: building needs about {memory / _GIB:.1f} GiB of memory, {available / _GIB:.1f} GiB "
             f"are available; {advice}"
         )
-    disk, free = 2 * prediction.disk, shutil.disk_usage(folder).free  # as the builder wrote it, and in the cache
+    # All plans in the cache, and those that are being built once more as the builder wrote them.
+    disk = sum(prediction.disk for prediction in predictions.values())
+    disk += sum(predictions[component].disk for component in largest)
+    free = shutil.disk_usage(folder).free
     if disk > free:
         raise EngineError(
-            f"{component}: building needs about {disk / _GIB:.1f} GiB of disk in {os.fspath(folder)}, "
+            f"{len(predictions)} engines: building needs about {disk / _GIB:.1f} GiB of disk in {os.fspath(folder)}, "
             f"{free / _GIB:.1f} GiB are free; make room, or name another folder with --cache"
         )

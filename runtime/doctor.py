@@ -15,10 +15,9 @@ import click
 
 from ipa.engines.cuda_driver import Driver, NoDriver, find_driver
 from ipa.engines.errors import EngineError, first_line
-from ipa.engines.machine import available_cores, available_memory
-from ipa.engines.plan_cache import PlanCache, default_cache
+from ipa.engines.machine import available_cores, available_memory, default_cache
 from ipa.engines.registry import BACKENDS, resolve_engine
-from ipa.engines.tensorrt_library import EXTRAS, is_installed, load_library
+from ipa.engines.tensorrt_library import MODULES, install_command, is_installed, load_library
 
 _GIB = 2**30
 # Distributions that bring the same module: with two of them, the one installed last wins, in parts.
@@ -79,7 +78,7 @@ class Report:
 def examine() -> Report:
     """Look at everything; nothing here raises for what it finds."""
     driver, folder = find_driver(), default_cache()
-    engines = (*_cpu_engines(), *(_tensorrt(engine, driver) for engine in EXTRAS))
+    engines = (*_cpu_engines(), *(_tensorrt(engine, driver) for engine in MODULES))
     try:
         auto = str(resolve_engine("auto"))
     except EngineError as error:
@@ -114,16 +113,14 @@ def _cpu_engines() -> Iterator[EngineState]:
 
 
 def _tensorrt(engine: str, driver: Driver | NoDriver) -> EngineState:
-    install = f"pip install 'ipa-runtime[{EXTRAS[engine]}]'"
-    if isinstance(driver, Driver) and engine == "tensorrt" and driver.cuda[0] < 13:
-        install = "pip install 'ipa-runtime[trt-cu12]'"
+    install = install_command(engine, driver)
     if not is_installed(engine):
         where = "builds on the GPU that it will run on" if engine == "tensorrt" else "builds without a GPU"
         return EngineState(engine, "missing", f"NVIDIA GPUs; {where}", install)
     try:
         library = load_library(engine)
     except EngineError as error:
-        return EngineState(engine, "broken", str(error), install)
+        return EngineState(engine, "broken", str(error))
     if engine == "tensorrt" and isinstance(driver, NoDriver):
         return EngineState(engine, "broken", f"{library.__version__}; {driver.reason}")
     detail = f"{library.__version__}; `ipa-export build-engines`; this version of ipa-run does not run them yet"
@@ -143,17 +140,20 @@ def _has_bfloat16() -> bool | None:
     """Whether the processor computes in bfloat16; `None` where nothing here can tell."""
     try:
         from ipa.engines.openvino_engine import has_bfloat16
-    except ImportError:
+
+        return has_bfloat16()
+    except Exception:  # missing, or a broken installation
         return None
-    return has_bfloat16()
 
 
 def _plans(folder: Path) -> Plans:
     if not folder.exists():
         return Plans(str(folder))
     try:
+        from ipa.engines.plan_cache import PlanCache
+
         headers = [header for _, header in PlanCache(folder).headers()]
-    except EngineError as error:
+    except (EngineError, ImportError) as error:  # it needs a Unix
         return Plans(str(folder), problem=str(error))
     return Plans(str(folder), len(headers), sum(header.size for header in headers))
 

@@ -41,7 +41,7 @@ class Result:
         request: as it was carried out: defaults filled in, seed drawn.
         warnings: what the user should know, such as a prompt that was cut.
         unet_calls: of the denoising loop.
-        seconds: wall-clock time by stage, in the order they ran; `load` is what opened engines.
+        seconds: wall-clock time by stage, in the order they ran; `load` is opening and compiling engines.
     """
 
     images: list[Image.Image]
@@ -66,7 +66,7 @@ class Pipeline:
         self.choice = resolve_engine(engine)
         self.engine = self.choice.name
         self._engines: dict[str, Engine] = {}
-        self._load_seconds = 0.0
+        self._closed_load_seconds = 0.0
         self._tokenizer = Tokenizer.open(bundle.file(self.manifest.tokenizer), self.manifest.text_tokens)
         self._scheduler_config = _read_json(bundle.file(self.manifest.scheduler))
 
@@ -91,6 +91,7 @@ class Pipeline:
         """Close every engine."""
         while self._engines:
             _, engine = self._engines.popitem()
+            self._closed_load_seconds += engine.load_seconds
             engine.close()
 
     def __enter__(self) -> Self:
@@ -121,8 +122,7 @@ class Pipeline:
         """
         request, schedule = self._resolved(request)
         image = None if request.image is None else open_image(request.image)
-        seconds = {"load": 0.0}
-        self._load_seconds = 0.0
+        seconds, loaded = {"load": 0.0}, self._load_seconds()
         if self.keep_engines:  # all at once: what cannot be opened is known before the work starts
             self._load(request)
         with self._stage("text", seconds):
@@ -135,7 +135,7 @@ class Pipeline:
                     callback(step)
         with self._stage("vae_decoder", seconds):
             images = self._decode(step.latents)
-        seconds["load"] = self._load_seconds
+        seconds["load"] = self._load_seconds() - loaded
         return Result(images, request, warnings, step.count, seconds)
 
     def steps(self, request: Request) -> Iterator[Step]:
@@ -154,17 +154,19 @@ class Pipeline:
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
-            start = time.perf_counter()
             self._engines[name] = self.bundle.open_component(name, self.engine)
-            self._load_seconds += time.perf_counter() - start
         return self._engines[name]
+
+    def _load_seconds(self) -> float:
+        """What opening and compiling engines has taken so far."""
+        return self._closed_load_seconds + sum(engine.load_seconds for engine in self._engines.values())
 
     @contextmanager
     def _stage(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
-        """Time a stage, without what opening engines took; its engines close if they are not kept."""
-        start, loaded = time.perf_counter(), self._load_seconds
+        """Time a stage, without what loading engines took; its engines close if they are not kept."""
+        start, loaded = time.perf_counter(), self._load_seconds()
         yield
-        seconds[name] = time.perf_counter() - start - (self._load_seconds - loaded)
+        seconds[name] = time.perf_counter() - start - (self._load_seconds() - loaded)
         if not self.keep_engines:
             self.close()
 

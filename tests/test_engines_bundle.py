@@ -311,3 +311,15 @@ def test_a_graph_that_is_not_the_manifest_s(root: Path, name: str) -> None:
 def test_a_manifest_survives_its_own_json(root: Path) -> None:
     manifest = Bundle.open(root).manifest
     assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_a_broken_back_end_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise OSError("libx.so: cannot open shared object file\nTraceback")
+
+    monkeypatch.setattr("ipa.engines.registry.import_module", broken)
+    with pytest.raises(EngineError) as caught:
+        Bundle.open(root).open_component("text_kv", "onnxruntime")
+    message = str(caught.value)
+    assert "the engine 'onnxruntime' cannot be loaded: libx.so: cannot open shared object file; run `pip" in message
+    assert "\n" not in message

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ipa.engines import plan_cache
 from ipa.engines.errors import EngineError
-from ipa.engines.plan_cache import Missing, PlanCache, default_cache
+from ipa.engines.machine import default_cache
+from ipa.engines.plan_cache import Missing, PlanCache
 from ipa.engines.plan_file import PlanError, PlanHeader, PlanKey, read_plan
 
 KEY = PlanKey(
@@ -26,6 +30,7 @@ KEY = PlanKey(
     target="8.6",
     profile="sample 1x4x64x64:2x4x64x64:8x4x64x64",
     platform="linux-x86_64",
+    recipe="1",
 )
 PLAN = random.Random(0).randbytes(3000)
 BUNDLE = Path("bundle")
@@ -98,6 +103,14 @@ def test_no_part_of_a_file_is_accepted(cache: PlanCache) -> None:
         cache.load(KEY)
 
 
+def test_a_damaged_body_is_no_plan(cache: PlanCache) -> None:
+    path = store(cache)
+    bad = bytearray(path.read_bytes())
+    bad[-100] ^= 1
+    path.write_bytes(bad)
+    assert cache.find(KEY, BUNDLE) == Missing(f"{path.name} is refused: the plan in it is damaged (sha256)")
+
+
 @pytest.mark.parametrize("content", [b"", b"IPAPLAN1", b"IPAPLAN1" + b"\xff" * 36, bytes(5000)])
 def test_other_files_are_refused(cache: PlanCache, content: bytes) -> None:
     cache.path(KEY).write_bytes(content)
@@ -133,6 +146,7 @@ def test_a_plan_under_another_key_is_refused(cache: PlanCache) -> None:
         ("target", "8.9"),
         ("profile", "sample 1x4x96x96"),
         ("platform", "linux-aarch64"),
+        ("recipe", "2"),
     ],
 )
 def test_whatever_changes_is_the_reason(cache: PlanCache, field: str, value: str) -> None:
@@ -153,18 +167,49 @@ def test_the_reason_names_the_nearest_plan(cache: PlanCache) -> None:
     assert cache.find(KEY, BUNDLE) == Missing("version was 1.6, is 1.7.1")
 
 
+KILLED_WHILE_STORING = """
+import os, signal, sys
+from pathlib import Path
+from ipa.engines import plan_cache
+from test_engines_plan_cache import KEY
+
+cache = plan_cache.PlanCache(Path(sys.argv[1]))
+plan_cache._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+with cache.workspace() as folder:
+    (folder / "plan").write_bytes(bytes(9))
+    cache.store(KEY, folder / "plan", folder, {}, 1.0, 1.0)
+"""
+
+
 def test_killed_builds_leave_nothing_for_long(cache: PlanCache) -> None:
-    script = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom ipa.engines.plan_cache import PlanCache\n"
-        "with PlanCache(Path(sys.argv[1])).workspace() as folder:\n"
-        "    (folder / 'plan').write_bytes(bytes(9))\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script, os.fspath(cache.root)])
+    command = [sys.executable, "-c", KILLED_WHILE_STORING, os.fspath(cache.root)]
+    result = subprocess.run(command, cwd=Path(__file__).parent)
     assert result.returncode == -signal.SIGKILL
     assert len(list(cache.root.glob(".build-*"))) == 1
     with cache.workspace() as folder, cache.workspace() as second:
         assert {path.name for path in cache.root.glob(".build-*")} == {folder.name, second.name}
     assert list(cache.root.glob(".*")) == []
+
+
+def test_builds_that_start_and_end_together_do_not_meet(cache: PlanCache) -> None:
+    def often(_: int) -> None:
+        for _ in range(200):
+            with cache.workspace() as folder:
+                (folder / "plan").write_bytes(b"x")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(often, range(4)))
+    assert [path.name for path in cache.root.iterdir()] == ["key"]
+
+
+def test_a_full_disk_is_said(cache: PlanCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(plan_cache, "write_plan", full)
+    with pytest.raises(EngineError, match=r"No space left on device; .* GiB of disk are free"):
+        store(cache)
+    assert [path.name for path in cache.root.iterdir()] == ["key"]
 
 
 def test_processes_that_start_at_once_share_one_secret(tmp_path: Path) -> None:

@@ -23,15 +23,15 @@ SIZES = {
 
 @pytest.fixture
 def profile() -> ShapeProfile:
-    return ShapeProfile.parse(["512x640", "256x512", "768x512"], "1:2:4", "4:4:1028")
+    return ShapeProfile.parse(["512x640", "256x512", "768x512"], "2:2:4", "3:4:1028")
 
 
 def test_the_unet_has_both_halves_and_every_size_between(profile: ShapeProfile) -> None:
     shapes = profile.shapes("unet", SPECS["unet"].resolved(SIZES, "float16"), 8)
     assert shapes == {
-        "sample": ((1, 4, 64, 32), (4, 4, 80, 64), (8, 4, 80, 96)),
-        "text_kv": ((1, 77, 24960), (4, 77, 24960), (8, 77, 24960)),
-        "image_kv": ((1, 1, 24960), (4, 4, 24960), (8, 1028, 24960)),
+        "sample": ((2, 4, 64, 32), (4, 4, 80, 64), (8, 4, 80, 96)),
+        "text_kv": ((2, 77, 24960), (4, 77, 24960), (8, 77, 24960)),
+        "image_kv": ((2, 3, 24960), (4, 4, 24960), (8, 1028, 24960)),
     }, "timestep has no free axis"
 
 
@@ -43,6 +43,11 @@ def test_every_free_axis_of_the_table_has_a_range(profile: ShapeProfile, compone
         if tensor.name in shapes:
             smallest, usual, largest = shapes[tensor.name]
             assert all(a <= b <= c for a, b, c in zip(smallest, usual, largest, strict=True))
+
+
+def test_the_vae_takes_picture_by_picture(profile: ShapeProfile) -> None:
+    spec = SPECS["vae_decoder"].resolved(SIZES, "float16")
+    assert [shape[0] for shape in profile.shapes("vae_decoder", spec, 8)["latents"]] == [1, 1, 8]
 
 
 def test_adapters_see_the_negative_half(profile: ShapeProfile) -> None:

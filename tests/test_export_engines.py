@@ -19,10 +19,13 @@ from click.testing import CliRunner
 
 from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.cuda_driver import NoDriver, find_driver
+from ipa.engines.errors import EngineError
 from ipa.engines.manifest import FILE_NAME, FileRecord, Manifest
 from ipa.engines.plan_cache import PlanCache
+from ipa.engines.shape_profile import ShapeProfile
 from ipa.export import resources
 from ipa.export.cli import main
+from ipa.export.engine_builds import EngineBuilds
 
 OPTIONS = ("--resolution", "128x128", "--resolution", "64x192", "--batch", "1:1:2", "--image-tokens", "4:4:16")
 
@@ -71,7 +74,7 @@ def test_every_engine_has_the_tensors_of_the_spec_table(built: tuple[Path, Path]
     kv = manifest.kv_layout.size
     unet = headers["unet"].tensors
     assert unet["sample"] == "float16 1x4x16x8:2x4x16x16:4x4x24x16"
-    assert unet["image_kv"] == f"float16 1x1x{kv}:2x4x{kv}:4x16x{kv}"
+    assert unet["image_kv"] == f"float16 1x4x{kv}:2x4x{kv}:4x16x{kv}"
     assert unet["noise_pred"] == "float16 ?x4x?x?"
 
 
@@ -99,8 +102,8 @@ def test_an_added_adapter_builds_its_own_engine_alone(
 def test_changed_profile_and_target_are_the_reason(built: tuple[Path, Path], tmp_path: Path) -> None:
     bundle, cache = again(built, tmp_path)
     found = reasons(build(bundle, cache, options=(*OPTIONS[:-1], "4:4:32")).stdout)
-    assert found["unet"].startswith("built: target was 8.6,8.9, is any that the library serves; profile was image_kv")
-    assert found["text_kv"] == "built: target was 8.6,8.9, is any that the library serves"
+    assert found["unet"].startswith("built: target was 8.6,8.9, is 8.0 and later; profile was image_kv")
+    assert found["text_kv"] == "built: target was 8.6,8.9, is 8.0 and later"
 
 
 def test_changed_weights_are_the_reason(built: tuple[Path, Path], tmp_path: Path) -> None:
@@ -119,9 +122,11 @@ def test_changed_weights_are_the_reason(built: tuple[Path, Path], tmp_path: Path
 def test_a_damaged_plan_is_built_again(built: tuple[Path, Path], tmp_path: Path) -> None:
     bundle, cache = again(built, tmp_path)
     (path,) = (path for path, header in PlanCache(cache).headers() if header.key.component == "text_kv")
-    path.write_bytes(path.read_bytes()[:-1])
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
     found = reasons(build(bundle, cache, "--compute-capability", "8.6,8.9").stdout)
-    assert found["text_kv"].startswith(f"built: {path.name} is refused: it has ")
+    assert found["text_kv"].startswith(f"built: {path.name} is refused: the plan in it is damaged")
     assert found["unet"] == "kept: nothing has changed"
 
 
@@ -140,10 +145,12 @@ def change_graph(bundle: Path, component: str, change: Any) -> None:
 
 def use_attention_of_opset_23(model: onnx.ModelProto) -> None:
     """TensorRT-RTX 1.7.1 parses this and crashes when it builds it where no GPU is."""
-    (text,) = (value for value in model.graph.input if value.name == "encoder_hidden_states")
-    output = onnx.helper.make_tensor_value_info("text_kv", onnx.TensorProto.FLOAT16, ["batch", 77, 48])
-    node = onnx.helper.make_node("Attention", [text.name] * 3, ["text_kv"], q_num_heads=4, kv_num_heads=4)
-    graph = onnx.helper.make_graph([node], "attention", [text], [output])
+    text, output = model.graph.input[0], model.graph.output[0]
+    sizes = [value.type.tensor_type.shape.dim[2].dim_value for value in (text, output)]
+    attention = onnx.helper.make_node("Attention", [text.name] * 3, ["attended"], q_num_heads=4, kv_num_heads=4)
+    copies = ["attended"] * (sizes[1] // sizes[0])
+    nodes = [attention, onnx.helper.make_node("Concat", copies, [output.name], axis=-1)]
+    graph = onnx.helper.make_graph(nodes, "attention", [text], [output])
     model.CopyFrom(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)]))
 
 
@@ -223,6 +230,21 @@ def test_two_builds_at_once(built: tuple[Path, Path], tmp_path: Path) -> None:
     assert "0 built, 7 kept" in build(bundle, cache, "--compute-capability", "8.6,8.9").stdout
 
 
+def test_when_one_build_fails_the_others_end(built: tuple[Path, Path], tmp_path: Path) -> None:
+    source, _ = built
+    bundle = Path(shutil.copytree(source, tmp_path / "bundle"))
+    change_graph(bundle, "image_encoder", use_unknown_operator)
+    opened, cache = Bundle.open(bundle, verify=False), PlanCache(tmp_path / "cache")
+    builds = EngineBuilds(opened, cache, "tensorrt-rtx", ShapeProfile.parse(["128x128"], "1", "4"))
+    jobs = {job.component: job for job in builds.survey()[1]}
+    with pytest.raises(EngineError, match=r"image_encoder: .*refused the graph"):
+        builds.run([jobs["unet"], jobs["image_encoder"], jobs["text_kv"]], at_once=2)
+    assert not list(cache.headers()), "the UNet's build was ended, and no other begun"
+    assert [path.name for path in cache.root.iterdir()] == ["key"]
+    with pytest.raises(EngineError, match="stopped"):
+        builds.run([jobs["text_kv"]])
+
+
 def test_want_of_memory_or_disk_is_said_before(
     tiny_half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +265,9 @@ def test_want_of_memory_or_disk_is_said_before(
         (["--bundle", "BUNDLE", "--resolution", "500x512"], "multiples of 8"),
         (["--bundle", "BUNDLE", "--batch", "4:1"], "--batch"),
         (["--bundle", "BUNDLE", "--compute-capability", "9.9"], "9.9 is none of 7.5, 8.0"),
+        (["--bundle", "BUNDLE", "--compute-capability", "8.6,8.6"], "8.6,8.6 names one twice"),
+        (["--base", "x", "--output", "y", "--batch", "4:1"], "--batch"),  # before the export
+        (["--base", "x", "--output", "y", "--compute-capability", "9.9"], "9.9 is none of"),
         (["--bundle", "BUNDLE", "--base", "x"], "name a bundle with --bundle, or a pipeline with --base"),
         (["--bundle", "BUNDLE", "--adapter", "x"], "--adapter goes with --base"),
         (["--base", "x"], "the bundle to write with --output"),

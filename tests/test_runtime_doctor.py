@@ -76,6 +76,14 @@ def test_an_engine_that_does_not_load_is_broken(monkeypatch: pytest.MonkeyPatch)
     assert "openvino does not load: `pip install 'ipa-runtime[openvino]'`" in report.advice
 
 
+def test_nothing_that_is_broken_stops_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> bool:
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr("ipa.engines.openvino_engine.has_bfloat16", broken)
+    assert doctor.examine().bfloat16 is None
+
+
 def test_two_distributions_of_one_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_is_there", lambda name: name in ("onnxruntime", "onnxruntime-gpu"))
     assert "these overwrite each other's files: onnxruntime onnxruntime-gpu" in doctor.as_text(doctor.examine())
@@ -96,7 +104,7 @@ def test_no_driver_is_said() -> None:
 
 
 def test_engines_in_the_cache_are_counted(cache: Path) -> None:
-    key = PlanKey("unet", "a" * 64, "float16", "tensorrt-rtx", "1.7", "8.6", "", "linux-x86_64")
+    key = PlanKey("unet", "a" * 64, "float16", "tensorrt-rtx", "1.7", "8.6", "", "linux-x86_64", "1")
     plans = PlanCache(cache)
     with plans.workspace() as folder:
         (folder / "plan").write_bytes(bytes(2**20))
