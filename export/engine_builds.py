@@ -150,7 +150,7 @@ class EngineBuilds:
         """End what is being built, and start nothing more."""
         with self._starting:
             self._is_stopped = True
-            for child in self._children:
+            for child in tuple(self._children):
                 child.kill()
 
     def _build(self, component: str, record: ComponentRecord, percent: Callable[[int], None]) -> PlanHeader:

@@ -29,12 +29,12 @@ from ipa.trainer.options import AdapterOptions
 
 STAGES = ("vae", "clip", "unet", "decoder", "pipeline", "adapter", "judge", "evaluate")
 SCALES = (0.0, 0.5, 1.0)  # that the adapter is scored at
-MINUTE_SHARES = {"vae": 0.15, "clip": 0.09, "unet": 0.5, "decoder": 0.11, "judge": 0.03}  # the rest is the adapter's
+MINUTE_SHARES = {"vae": 0.1, "clip": 0.06, "unet": 0.6, "decoder": 0.13, "judge": 0.02}  # the rest is the adapter's
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Sizes and lengths. The defaults take about two hours on two CPU cores.
+    """Sizes and lengths. The defaults take three to four hours on two CPU cores.
 
     Attributes:
         images: drawn training images.
@@ -47,13 +47,13 @@ class DemoConfig:
         evaluation_pairs: held-out pairs that the result is scored on.
     """
 
-    images: int = 20_000
+    images: int = 40_000
     judge_images: int = 6_000
     adapter_pairs: int = 2_400
     vae_steps: int = 2_500
     clip_steps: int = 1_250
-    unet_steps: int = 4_300
-    decoder_steps: int = 1_000
+    unet_steps: int = 12_900
+    decoder_steps: int = 6_500
     adapter_steps: int = 1_000
     judge_steps: int = 1_400
     minutes: float | None = None
