@@ -106,6 +106,11 @@ def picture(name: str, case: str, found: Array, expected: Array, disturbed: Arra
     return replace(check, psnr=psnr, own_psnr=own_psnr, passed=passed, is_judged=is_judged)
 
 
+def median(checks: Sequence[Check]) -> Check:
+    """The middle one of several pictures."""
+    return sorted(checks, key=lambda check: check.psnr or 0.0)[len(checks) // 2]
+
+
 def _psnr(found: Array, expected: Array) -> float:
     """Peak signal-to-noise ratio of pictures in 0 to 1, in dB; 120 where they are equal."""
     return -10 * math.log10(max(float(np.square(found - expected, dtype=np.float64).mean()), 1e-12))

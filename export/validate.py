@@ -21,7 +21,7 @@ from ipa.engines.registry import resolve_engine
 from ipa.engines.spec import KVLayout
 from ipa.export.adapters import AdapterFile, AdapterWeights, BaseAdapter, read_adapter
 from ipa.export.cases import cases, step_inputs
-from ipa.export.checks import TOLERANCES, Check, agreement, change, failure, picture, worst
+from ipa.export.checks import TOLERANCES, Check, agreement, change, failure, median, picture, worst
 from ipa.export.dimensions import manifest_dimensions
 from ipa.export.graphs import component_modules
 from ipa.export.oracle import DiffusersStep
@@ -29,7 +29,7 @@ from ipa.export.pipeline import BasePipeline
 from ipa.export.progress import Progress, silent
 from ipa.export.publish import locked_bundle, update_manifest
 from ipa.export.versions import created_by
-from ipa.export.whole_run import WholeRun
+from ipa.export.whole_run import WholeRuns
 
 REFERENCE_ENGINE = "onnxruntime"  # whose figures are kept in the bundle
 _SCALES = (1.0, 0.6, 1.3)
@@ -149,13 +149,13 @@ class Validator:
         yield change(f"step, {name}, moves with scale", output, chain(inputs, adapter, 0.0), largest.relative_error)
 
     def _runs(self) -> Iterator[Check]:
-        run = WholeRun(self.bundle.manifest, self.base)
-        yield self._run(run, "run, no adapter", None)
+        runs = WholeRuns(self.bundle.manifest, self.base)
+        yield self._run(runs, "run, no adapter", None)
         for name, weights in self._adapters.items():
-            yield self._run(run, f"run, {name}", weights, f"ip_adapter/{name}")
+            yield self._run(runs, f"run, {name}", weights, f"ip_adapter/{name}")
 
-    def _run(self, run: WholeRun, name: str, weights: AdapterWeights | None, component: str | None = None) -> Check:
-        expected, disturbed = run.reference(weights)
+    def _run(self, runs: WholeRuns, name: str, weights: AdapterWeights | None, component: str | None = None) -> Check:
+        references = runs.references(weights)
         chain = Chain(self.bundle, self.engine)
         with ExitStack() as stack:
             stack.enter_context(chain.text_kv)
@@ -163,10 +163,15 @@ class Validator:
             decoder = stack.enter_context(self.bundle.open_component("vae_decoder", self.engine))
             adapter = component and stack.enter_context(self.bundle.open_component(component, self.engine))
             try:
-                found = run.with_engines(lambda inputs: chain(inputs, adapter or None, 1.0), decoder)
+                pictures = runs.with_engines(lambda inputs: chain(inputs, adapter or None, 1.0), decoder)
             except EngineError as error:
                 return failure(name, str(error), 0.0)
-        return picture(name, run.case, found, expected, disturbed)
+        return median(
+            [
+                picture(name, runs.case, found, expected, disturbed)
+                for found, (expected, disturbed) in zip(pictures, references, strict=True)
+            ]
+        )
 
 
 class Chain:

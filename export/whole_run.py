@@ -1,4 +1,4 @@
-"""A whole denoising run, once with PyTorch and once with a bundle's engines, from the same noise and conditions.
+"""Whole denoising runs, each once with PyTorch and once with a bundle's engines, from the same noise and conditions.
 
 The conditions are what the real encoders make of random token ids and a random picture, so their size is real. Small
 differences of a step grow over a run: this is what a user sees of them.
@@ -19,14 +19,15 @@ from ipa.export.oracle import DiffusersStep
 from ipa.export.pipeline import BasePipeline
 
 STEPS = 20
+RUNS = 3  # from different noise: now and then a single one stands where the least rounding decides between two pictures
 DISTURBANCE = 1e-3
 _LARGEST = 32  # latents a side: a full-size model needs minutes for this on a CPU already
 
 StepFunction = Callable[[Mapping[str, Array]], Array]
 
 
-class WholeRun:
-    """DDIM with guidance, one picture."""
+class WholeRuns:
+    """DDIM with guidance, one picture a run."""
 
     def __init__(self, manifest: Manifest, base: BasePipeline) -> None:
         """Draw noise and conditions.
@@ -41,10 +42,12 @@ class WholeRun:
         height, width = (
             min(size // manifest.vae.downscale, _LARGEST) for size in (self._defaults.height, self._defaults.width)
         )
-        self.case = f"{STEPS} steps of DDIM, {height}x{width}, guidance {self._defaults.guidance_scale:g}"
+        self.case = (
+            f"median of {RUNS}: {STEPS} steps of DDIM, {height}x{width}, guidance {self._defaults.guidance_scale:g}"
+        )
         random = np.random.default_rng(0)
         channels = manifest.components["unet"].spec.inputs[0].axes[1]
-        shape = (2, 1, int(channels), height, width)
+        shape = (2, RUNS, 1, int(channels), height, width)
         self._noise, self._other_noise = random.standard_normal(shape, np.float32)
         with torch.no_grad():
             ids = random.integers(0, base.text_config["vocab_size"], (2, manifest.text_tokens))
@@ -54,31 +57,36 @@ class WholeRun:
             embeds = base.load_image_encoder()(pixels).image_embeds.numpy()
         self._image = np.concatenate([np.zeros_like(embeds), embeds])
 
-    def reference(self, weights: AdapterWeights | None) -> tuple[Array, Array]:
-        """What diffusers' models make in float32: the picture, and the one of noise that is slightly changed.
+    def references(self, weights: AdapterWeights | None) -> list[tuple[Array, Array]]:
+        """What diffusers' models make in float32: of each run the picture, and the one of noise slightly changed.
 
         Args:
             weights: of the adapter; `None`: the base model alone.
         Returns:
-            Two pictures, (3, height, width) in 0 to 1.
+            Pairs of pictures, (3, height, width) in 0 to 1.
         """
         model, vae = DiffusersStep(self._base.load_unet(), weights), self._base.load_vae()
-        pictures = []
-        for noise in (self._noise, self._noise + np.float32(DISTURBANCE) * self._other_noise):
+
+        def draw(noise: Array) -> Array:
             latents = self._denoise(lambda inputs: model(inputs, 1.0), noise, "float32")
             with torch.no_grad():
-                pictures.append(_to_unit(vae.decode(torch.from_numpy(latents)).sample.numpy()))
-        return pictures[0], pictures[1]
+                return _to_unit(vae.decode(torch.from_numpy(latents)).sample.numpy())
 
-    def with_engines(self, step: StepFunction, decoder: Engine) -> Array:
-        """The picture that engines make; as `reference`.
+        disturbed = self._noise + np.float32(DISTURBANCE) * self._other_noise
+        return [(draw(noise), draw(other)) for noise, other in zip(self._noise, disturbed, strict=True)]
+
+    def with_engines(self, step: StepFunction, decoder: Engine) -> list[Array]:
+        """The pictures that engines make, one a run; as `references`.
 
         Args:
             step: predicted noise for `sample`, `timestep`, `encoder_hidden_states` and `image_embeds`.
             decoder: opened component `vae_decoder`.
         """
-        latents = self._denoise(step, self._noise, self._dtype).astype(decoder.spec.inputs[0].dtype)
-        return _to_unit(decoder(latents=latents)["image"].astype(np.float32))
+        pictures = []
+        for noise in self._noise:
+            latents = self._denoise(step, noise, self._dtype).astype(decoder.spec.inputs[0].dtype)
+            pictures.append(_to_unit(decoder(latents=latents)["image"].astype(np.float32)))
+        return pictures
 
     def _denoise(self, step: StepFunction, noise: Array, dtype: str) -> Array:
         """The final latents, ready for the decoder."""
