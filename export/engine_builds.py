@@ -107,8 +107,11 @@ class EngineBuilds:
             force: build what is there, too.
         """
         kept, jobs = [], []
-        for component, record in self.components().items():
-            found = self._cache.find(self.key(component, record), self._bundle.root)
+        components = self.components()
+        keys = [self.key(component, record) for component, record in components.items()]
+        with ThreadPoolExecutor() as pool:  # whole plans are hashed
+            headers = list(pool.map(lambda key: self._cache.find(key, self._bundle.root), keys))
+        for (component, record), found in zip(components.items(), headers, strict=True):
             if isinstance(found, PlanHeader) and not force:
                 kept.append(Outcome(component, False, "nothing has changed", found))
             else:
