@@ -1,8 +1,9 @@
-"""What this machine has for us: processor cores, memory, and a place for what is built."""
+"""What this machine has for us: processor cores, memory, packages, and a place for what is built."""
 
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -32,3 +33,12 @@ def default_cache() -> Path:
     if given := os.environ.get("IPA_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ipa"
+
+
+def has_distribution(name: str) -> bool:
+    """Whether a Python distribution is installed."""
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True

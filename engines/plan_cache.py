@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ipa.engines.errors import EngineError
+from ipa.engines.locks import locked, remove_unless_locked
 from ipa.engines.plan_file import PlanError, PlanHeader, PlanKey, check_plan, read_header, read_plan, write_plan
 
 _SECRET_FILE, _SECRET_BYTES = "key", 32
@@ -117,9 +118,9 @@ class PlanCache:
             EngineError: it cannot be made.
         """
         try:
-            with _locked(self.root):  # so that nobody takes the new folder, not locked yet, for an abandoned one
+            with locked(self.root):  # so that nobody takes the new folder, not locked yet, for an abandoned one
                 for folder in self.root.glob(f"{_WORKSPACE}*"):
-                    _remove_unless_locked(folder)
+                    remove_unless_locked(folder)
                 folder = Path(tempfile.mkdtemp(prefix=_WORKSPACE, dir=self.root))
                 handle = os.open(folder, os.O_RDONLY)
                 fcntl.flock(handle, fcntl.LOCK_EX)
@@ -156,32 +157,6 @@ class PlanCache:
         ]
         nearest: list[str] = min(older, key=len, default=[])
         return "; ".join(nearest) or "not built yet"
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _remove_unless_locked(folder: Path) -> None:
-    """Remove what a killed build left behind; a living one holds a lock on its folder."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:  # its build has ended meanwhile
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(handle)
 
 
 def _file_part(component: str) -> str:

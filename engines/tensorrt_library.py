@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
 from ipa.engines.cuda_driver import Driver, NoDriver, find_driver
 from ipa.engines.errors import EngineError, first_line
+from ipa.engines.machine import has_distribution
 
 # Back-end name to module.
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -38,16 +38,8 @@ def install_command(engine: str, driver: Driver | NoDriver | None = None) -> str
 def library_version(engine: str) -> str:
     """Version of a back-end that is installed, with the CUDA major it was made for: `11.4.0.106 cu13`."""
     library = load_library(engine)
-    majors = [major for major in _CUDA_MAJORS if _is_there(f"{MODULES[engine]}_{major}")]
+    majors = [major for major in _CUDA_MAJORS if has_distribution(f"{MODULES[engine]}_{major}")]
     return " ".join([str(library.__version__), *majors[:1]])
-
-
-def _is_there(distribution: str) -> bool:
-    try:
-        version(distribution)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def load_library(engine: str) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 import sys
@@ -18,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ipa.engines.errors import BundleError, IpaError
+from ipa.engines.locks import locked, remove_unless_locked
 from ipa.engines.manifest import FILE_NAME, Manifest
 from ipa.trainer.files import atomic_path, sync_file, sync_folder
 
@@ -39,11 +39,12 @@ def staged_bundle(target: Path, force: bool) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(target.parent):  # so that nobody takes the new folder, not locked yet, for an abandoned one
-                _remove_abandoned(target)
+            with locked(target.parent):  # so that nobody takes the new folder, not locked yet, for an abandoned one
+                for abandoned in target.parent.glob(f"{_prefix(target)}*"):
+                    remove_unless_locked(abandoned)
                 staging = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
                 stack.callback(shutil.rmtree, staging, ignore_errors=True)
-                stack.enter_context(_locked(staging))
+                stack.enter_context(locked(staging))
             yield staging
             sync_tree(staging)
             staging.chmod(0o777 & ~_umask())
@@ -70,7 +71,7 @@ def check_target(target: Path, force: bool) -> None:
 def locked_bundle(root: Path) -> Iterator[None]:
     """Keep other processes from changing the same bundle meanwhile."""
     try:
-        with _locked(root):
+        with locked(root):
             yield
     except OSError as error:
         raise _failed(root, error) from error
@@ -121,34 +122,6 @@ def _exchange(first: Path, second: Path) -> bool:
 
 def _prefix(target: Path) -> str:
     return f".{target.name}.partial-"
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Remove what killed exports to the same target left behind; a living one holds a lock on its folder."""
-    for folder in target.parent.glob(f"{_prefix(target)}*"):
-        try:
-            handle = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # its export has ended meanwhile
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(handle)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder; it ends with the process, however that ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _umask() -> int:

@@ -15,7 +15,7 @@ import click
 
 from ipa.engines.cuda_driver import Driver, NoDriver, find_driver
 from ipa.engines.errors import EngineError, first_line
-from ipa.engines.machine import available_cores, available_memory, default_cache
+from ipa.engines.machine import available_cores, available_memory, default_cache, has_distribution
 from ipa.engines.registry import BACKENDS, resolve_engine
 from ipa.engines.tensorrt_library import MODULES, install_command, is_installed, load_library
 
@@ -160,7 +160,7 @@ def _plans(folder: Path) -> Plans:
 
 def _advice(engines: tuple[EngineState, ...]) -> Iterator[str]:
     """What to do, most useful first."""
-    rivals = [name for name in _RIVALS if _is_there(name)]
+    rivals = [name for name in _RIVALS if has_distribution(name)]
     if len(rivals) > 1:
         names = " ".join(rivals)
         yield f"these overwrite each other's files: {names}; `pip uninstall {names}`, then install one of them"
@@ -170,14 +170,6 @@ def _advice(engines: tuple[EngineState, ...]) -> Iterator[str]:
     best = engines[0]  # the fastest of the CPU's; those for a GPU do not run yet
     if best.state == "missing":
         yield f"faster pictures: `{best.install}`"
-
-
-def _is_there(distribution: str) -> bool:
-    try:
-        version(distribution)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def _existing(path: Path) -> Path:

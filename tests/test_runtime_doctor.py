@@ -85,7 +85,7 @@ def test_nothing_that_is_broken_stops_the_report(monkeypatch: pytest.MonkeyPatch
 
 
 def test_two_distributions_of_one_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_is_there", lambda name: name in ("onnxruntime", "onnxruntime-gpu"))
+    monkeypatch.setattr(doctor, "has_distribution", lambda name: name in ("onnxruntime", "onnxruntime-gpu"))
     assert "these overwrite each other's files: onnxruntime onnxruntime-gpu" in doctor.as_text(doctor.examine())
 
 
