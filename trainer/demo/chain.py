@@ -34,7 +34,7 @@ MINUTE_SHARES = {"vae": 0.1, "clip": 0.06, "unet": 0.6, "decoder": 0.13, "judge"
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Sizes and lengths. The defaults take three to four hours on two CPU cores.
+    """Sizes and lengths. The defaults take hours on two CPU cores.
 
     Attributes:
         images: drawn training images.
