@@ -41,6 +41,7 @@ from ipa.engines.engine import Engine
 from ipa.engines.machine import available_cores
 from ipa.engines.registry import BACKENDS, open_engine
 from ipa.engines.spec import SPECS, ComponentSpec, TensorSpec
+from ipa.export import winograd
 from ipa.export.adapters import AdapterWeights, read_adapter
 from ipa.export.attention import attend
 from ipa.export.dimensions import manifest_dimensions
@@ -84,17 +85,19 @@ class PlainUNet(torch.nn.Module):
         return self.unet(sample, timestep, states, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
-def plain_engine(unet: UNet2DConditionModel, folder: Path, engine: str) -> Engine:
-    """The graph without image prompt, in a back-end."""
+def plain_engine(unet: UNet2DConditionModel, folder: Path, engine: str, free: Mapping[str, int]) -> Engine:
+    """The graph without image prompt, in a back-end; `free` are the sizes of its free axes."""
     sample, timestep, *_ = SPECS["unet"].inputs
     states = TensorSpec("encoder_hidden_states", ("batch", "text_tokens", unet.config.cross_attention_dim))
     sizes = {"unet_in_channels": 4, "latent_channels": 4, "text_tokens": 77}
     spec = ComponentSpec((sample, timestep, states), SPECS["unet"].outputs).resolved(sizes, "float32")
     processors = unet.attn_processors
     unet.set_attn_processor(TextAttention())
-    export_graph(Graph("unet", PlainUNet(unet), spec), folder / "model.onnx", OPSET)
+    path, *_ = export_graph(Graph("unet", PlainUNet(unet), spec), folder / "model.onnx", OPSET)
     unet.set_attn_processor(processors)
-    return open_engine(engine, "unet", spec, folder / "model.onnx")
+    if engine == winograd.ENGINE:  # what the bundle has too
+        path = winograd.write_winograd_graph(path, free) or path
+    return open_engine(engine, "unet", spec, path)
 
 
 def random_inputs(spec: ComponentSpec, free: dict[str, int], rng: np.random.Generator) -> dict[str, Any]:
@@ -189,7 +192,7 @@ def main(
         precisions = {}
         for name in engines:
             hoisted = stack.enter_context(opened.open_component("unet", name))
-            plain = stack.enter_context(plain_engine(unet, folder, name))
+            plain = stack.enter_context(plain_engine(unet, folder, name, free))
             hoisted_inputs = random_inputs(hoisted.spec, free, rng)
             plain_inputs = random_inputs(plain.spec, free, rng)
             contenders[f"{name}_hoisted"] = partial(hoisted, **hoisted_inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,7 +13,7 @@ from ipa.engines.engine import Engine
 from ipa.engines.errors import BundleError, RequestError
 from ipa.engines.manifest import FILE_NAME, AdapterRecord, ComponentRecord, FileRecord, Manifest
 from ipa.engines.onnx_file import external_data
-from ipa.engines.registry import open_engine
+from ipa.engines.registry import open_engine, resolve_engine
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _MANIFEST_LIMIT = 16 * 2**20  # bytes; a real one has some 20 kB
@@ -102,7 +102,8 @@ class Bundle:
             record = self.manifest.components[name]
         else:
             raise BundleError(f"{self.root} has no component '{name}'; export it again with `ipa-export onnx`")
-        return open_engine(engine, name, record.spec, self.file(record.files[0]))
+        chosen = resolve_engine(engine).name
+        return open_engine(chosen, name, record.spec, self.file(record.variants.get(chosen, record.files[0])))
 
 
 def verify_files(root: Path, files: Sequence[FileRecord]) -> None:
@@ -152,13 +153,16 @@ def _check_hash(root: Path, file: FileRecord) -> None:
         )
 
 
-def _check_graph(root: Path, name: str, graph: ComponentRecord) -> None:
-    """External data lies in the files that the manifest lists for this graph, and inside them."""
-    if not graph.files or PurePosixPath(graph.files[0].path).suffix != ".onnx":
+def _check_graph(root: Path, name: str, record: ComponentRecord) -> None:
+    """External data lies in the files that the manifest lists for this component, and inside them."""
+    if not record.files or any(PurePosixPath(graph.path).suffix != ".onnx" for graph in record.graphs):
         raise BundleError(f"{FILE_NAME}: '{name}' does not start with an .onnx file; export the bundle again")
-    model = root / graph.files[0].path
-    folder = PurePosixPath(graph.files[0].path).parent
-    sizes = {file.path: file.size for file in graph.files[1:]}
+    sizes = {file.path: file.size for file in record.files[1:]}
+    for graph in record.graphs:
+        _check_external_data(root / graph.path, PurePosixPath(graph.path).parent, sizes)
+
+
+def _check_external_data(model: Path, folder: PurePosixPath, sizes: Mapping[str, int]) -> None:
     for entry in external_data(model):
         size = sizes.get(f"{folder}/{entry.location}")
         if size is None:

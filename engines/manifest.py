@@ -27,15 +27,26 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class ComponentRecord:
-    """One graph. `files[0]` is the `model.onnx`; the others are its external data."""
+    """One graph.
+
+    Attributes:
+        files: `model.onnx`, then its external data.
+        variants: by engine, a graph for that engine in place of `model.onnx`: same tensors, same external data.
+    """
 
     files: tuple[FileRecord, ...]
     dtype: str
     spec: ComponentSpec
+    variants: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def graphs(self) -> tuple[FileRecord, ...]:
+        """`model.onnx` and its variants."""
+        return (*self.files[:1], *self.variants.values())
 
     @property
     def sha256(self) -> str:
-        """Over the hashes of all files: changes with the graph and with any weight."""
+        """Over the hashes of `files`: changes with the graph and with any weight."""
         return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
 
 
@@ -100,7 +111,8 @@ class Manifest:
     def files(self) -> tuple[FileRecord, ...]:
         """Every file of the bundle but the manifest itself."""
         graphs = [*self.components.values(), *(adapter.component for adapter in self.adapters.values())]
-        return (self.tokenizer, self.scheduler, *(file for graph in graphs for file in graph.files))
+        files = (file for graph in graphs for file in (*graph.files, *graph.variants.values()))
+        return (self.tokenizer, self.scheduler, *files)
 
     def with_adapter(self, name: str, adapter: AdapterRecord) -> Manifest:
         """This manifest with one more (or one replaced) adapter; the first one becomes the default."""

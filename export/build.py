@@ -27,6 +27,8 @@ from ipa.export.pipeline import BasePipeline
 from ipa.export.progress import Progress, silent
 from ipa.export.publish import locked_bundle, staged_bundle, sync_tree, update_manifest, write_whole
 from ipa.export.versions import created_by
+from ipa.export.winograd import ENGINE as WINOGRAD_ENGINE
+from ipa.export.winograd import guidance_pair_sizes, write_winograd_graph
 
 FAMILY = "sd15"
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
@@ -70,12 +72,16 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
     if request.merged and not weights:
         raise IpaError("--merged puts an adapter into the graph; pass one with --adapter")
 
+    defaults = replace(base.defaults, **request.defaults)
+    usual_sizes = guidance_pair_sizes(defaults.height, defaults.width, base.vae_record.downscale)
     with staged_bundle(request.output, request.force) as root:
         tokenizer, scheduler = _write_tokenizer(root, base), _write_scheduler(root, base)
 
         def add(graph: Graph, folder: str) -> ComponentRecord:
             progress(graph.name)
-            return _component(root, graph, export_graph(graph, root / folder / MODEL_FILE, request.opset))
+            component = _component(root, graph, export_graph(graph, root / folder / MODEL_FILE, request.opset))
+            variant = write_winograd_graph(root / folder / MODEL_FILE, usual_sizes)
+            return replace(component, variants={WINOGRAD_ENGINE: _file_record(root, variant)}) if variant else component
 
         components: dict[str, ComponentRecord] = {}
         text_kv: nn.Module | None = None
@@ -99,7 +105,7 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
             text_tokens=base.text_tokens,
             vae=base.vae_record,
             image_processor=base.image_processor,
-            defaults=replace(base.defaults, **request.defaults),
+            defaults=defaults,
         )
         for name, adapter in weights.items():
             graph = adapter_graph(name, adapter, dimensions, request.dtype)

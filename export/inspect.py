@@ -50,6 +50,7 @@ def _lines(bundle: Bundle) -> Iterator[str]:
 def _component(name: str, component: ComponentRecord) -> Iterator[str]:
     graph = component.files[0]
     yield f"{name}  {component.dtype}  {_mebibytes(_size(component.files))}  sha256 {graph.sha256[:16]}"
+    yield from (f"    {engine} runs {file.path}, over the same weights" for engine, file in component.variants.items())
     for arrow, tensors in (("<-", component.spec.inputs), ("->", component.spec.outputs)):
         for tensor in tensors:
             yield f"    {arrow} {tensor.name} {tensor}"

@@ -49,12 +49,12 @@ class DemoConfig:
 
     images: int = 40_000
     judge_images: int = 6_000
-    adapter_pairs: int = 2_400
+    adapter_pairs: int = 10_000
     vae_steps: int = 2_500
     clip_steps: int = 1_250
     unet_steps: int = 12_900
     decoder_steps: int = 6_500
-    adapter_steps: int = 1_000
+    adapter_steps: int = 4_000
     judge_steps: int = 1_400
     minutes: float | None = None
     workers: int = 2
@@ -244,15 +244,15 @@ def adapter_options(folder: DemoFolder, listing: Path, steps: int, seed: int) ->
         output=folder.adapter,
         init_adapter=folder.work / "adapter-start" / "ip_adapter.safetensors",
         steps=steps,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         batch_size=32,
         resolution=IMAGE_SIZE,
-        timestep_bias=3.0,  # the noisiest timesteps decide the colours
+        timestep_bias=1.5,  # the noisiest timesteps decide the colours, the rest keeps them pure
         lr_scheduler="cosine",
         lr_warmup_steps=30,
         max_grad_norm=1.0,
-        ema_decay=0.99,
+        ema_decay=0.998,
         cache_latents=True,
         seed=seed,
-        checkpoint_every=200,
+        checkpoint_every=500,
     )
