@@ -146,7 +146,7 @@ def transforms(tile: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDA
         (tile + 2, tile), (tile + 2, 3) and (tile + 2, tile + 2).
     """
     values = {degree: _values(_POINTS[tile], degree) for degree in (tile, 3, tile + 2)}
-    return values[tile], values[3], np.linalg.inv(values[tile + 2]).T
+    return values[tile], values[3], np.asarray(np.linalg.inv(values[tile + 2]).T, np.float64)
 
 
 def _values(points: tuple[float, ...], coefficients: int) -> NDArray[np.float64]:
