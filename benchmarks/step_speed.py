@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ipa.engines.bundle import Bundle
-from ipa.engines.engine import Engine
+from ipa.engines.engine import Engine, GraphFile
 from ipa.engines.machine import available_cores
 from ipa.engines.registry import BACKENDS, open_engine
 from ipa.engines.spec import SPECS, ComponentSpec, TensorSpec
@@ -97,7 +97,7 @@ def plain_engine(unet: UNet2DConditionModel, folder: Path, engine: str, free: Ma
     unet.set_attn_processor(processors)
     if engine == winograd.ENGINE:  # what the bundle has too
         path = winograd.write_winograd_graph(path, free) or path
-    return open_engine(engine, "unet", spec, path)
+    return open_engine(engine, GraphFile("unet", spec, path))
 
 
 def random_inputs(spec: ComponentSpec, free: dict[str, int], rng: np.random.Generator) -> dict[str, Any]:

@@ -6,14 +6,14 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from ipa.engines.engine import Engine
+from ipa.engines.engine import Engine, GraphFile
 from ipa.engines.errors import BundleError, RequestError
 from ipa.engines.manifest import FILE_NAME, AdapterRecord, ComponentRecord, FileRecord, Manifest
 from ipa.engines.onnx_file import external_data
-from ipa.engines.registry import open_engine, resolve_engine
+from ipa.engines.registry import Choice, open_engine, resolve_engine
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _MANIFEST_LIMIT = 16 * 2**20  # bytes; a real one has some 20 kB
@@ -22,18 +22,20 @@ _HASHING_THREADS = 4
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its manifest."""
+    """An opened bundle: its folder, its manifest, and where engine plans for it are (see `GraphFile.plans`)."""
 
     root: Path
     manifest: Manifest
+    plans: Path | None = None
 
     @classmethod
-    def open(cls, root: Path, verify: bool = True) -> Bundle:
+    def open(cls, root: Path, verify: bool = True, plans: Path | None = None) -> Bundle:
         """Read the manifest and check every file against it.
 
         Args:
             root: the bundle's folder.
             verify: hash the files too; sizes, paths and links are always checked.
+            plans: folder of engine plans that the user trusts; `None`: the user's own cache.
         Raises:
             BundleError: says which file, what it is, what it should be, and what to do.
         """
@@ -50,7 +52,7 @@ class Bundle:
             text = path.read_text("utf-8")
         except UnicodeDecodeError as error:
             raise BundleError(f"{path} is not UTF-8 text; export the bundle again") from error
-        bundle = cls(root, Manifest.from_json(text))
+        bundle = cls(root, Manifest.from_json(text), plans)
         files = bundle.manifest.files()
         for file in files:
             _check_path(root, file)
@@ -85,6 +87,14 @@ class Bundle:
             )
         return adapters[name]
 
+    def resolve_engine(self, engine: str) -> Choice:
+        """The back-end that a name stands for here. Adapters do not count: engines for them may come later.
+
+        Raises:
+            EngineError: see `ipa.engines.registry.resolve_engine`.
+        """
+        return resolve_engine(engine, [self._graph(name, record) for name, record in self.manifest.components.items()])
+
     def open_component(self, name: str, engine: str) -> Engine:
         """Open a graph in a back-end.
 
@@ -102,8 +112,13 @@ class Bundle:
             record = self.manifest.components[name]
         else:
             raise BundleError(f"{self.root} has no component '{name}'; export it again with `ipa-export onnx`")
-        chosen = resolve_engine(engine).name
-        return open_engine(chosen, name, record.spec, self.file(record.variants.get(chosen, record.files[0])))
+        graph = self._graph(name, record)
+        chosen = resolve_engine(engine, [graph]).name
+        variant = record.variants.get(chosen)
+        return open_engine(chosen, replace(graph, path=self.file(variant)) if variant else graph)
+
+    def _graph(self, name: str, record: ComponentRecord) -> GraphFile:
+        return GraphFile(name, record.spec, self.file(record.files[0]), record.sha256, self.root, self.plans)
 
 
 def verify_files(root: Path, files: Sequence[FileRecord]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -15,8 +17,33 @@ from ipa.engines.spec import ComponentSpec
 Array = NDArray[Any]
 
 
+@dataclass(frozen=True)
+class GraphFile:
+    """A component on disk, as back-ends get it.
+
+    Attributes:
+        component: of the spec table, or `ip_adapter/NAME`.
+        spec: what the manifest says of inputs and outputs.
+        path: of the graph; its external data, if any, lies beside it.
+        sha256: over graph and data, by which engine plans are found; empty for a graph outside a bundle.
+        bundle: the folder it is from, for messages.
+        plans: folder of engine plans that the user trusts; `None`: the user's own cache.
+    """
+
+    component: str
+    spec: ComponentSpec
+    path: Path
+    sha256: str = ""
+    bundle: Path = Path()
+    plans: Path | None = None
+
+
 class Engine(Protocol):
-    """One opened component. Call it with named arrays, close it or use it in a `with` block."""
+    """One opened component. Call it with named arrays, close it or use it in a `with` block.
+
+    An array that is marked read-only (`array.flags.writeable` is false) and passed again is taken for unchanged: an
+    engine with memory of its own need not copy it twice.
+    """
 
     component: str
     spec: ComponentSpec
@@ -38,6 +65,17 @@ class Engine(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+def check_names(graph: GraphFile, found: list[str]) -> None:
+    """Refuse a graph whose inputs are not the spec's, in its order.
+
+    Raises:
+        EngineError: says both.
+    """
+    expected = [tensor.name for tensor in graph.spec.inputs]
+    if found != expected:
+        raise EngineError(f"{graph.component}: {graph.path} takes inputs {found}, the manifest says {expected}")
 
 
 def describe(array: Array) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def available_memory() -> int | None:
     except (OSError, ValueError):
         pass
     return min(found, default=None)
+
+
+def platform_name() -> str:
+    """Operating system and processor, such as `linux-x86_64`."""
+    return f"{platform.system()}-{platform.machine()}".lower()
 
 
 def default_cache() -> Path:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import onnxruntime as ort
 
-from ipa.engines.engine import Array, check_finite, check_inputs
+from ipa.engines.engine import Array, GraphFile, check_finite, check_inputs, check_names
 from ipa.engines.errors import EngineError, first_line
 from ipa.engines.machine import available_cores
-from ipa.engines.spec import ComponentSpec
 
 _SEVERITY_ERROR = 3
 
@@ -23,34 +21,25 @@ class OnnxRuntimeEngine:
 
     precision = "float32"
 
-    def __init__(self, component: str, spec: ComponentSpec, path: Path) -> None:
-        """Open the graph.
+    def __init__(self, graph: GraphFile) -> None:
+        """Open the graph, always by its path: onnxruntime refuses external data when given bytes.
 
-        Args:
-            component: name for messages.
-            spec: what the manifest says of inputs and outputs.
-            path: `model.onnx`; its external data, if any, lies beside it. Always a path:
-                onnxruntime refuses external data when given bytes.
         Raises:
             EngineError: onnxruntime cannot load the graph, or its tensors are not the spec's.
         """
-        self.component = component
-        self.spec = spec
+        self.component, self.spec = graph.component, graph.spec
         start = time.perf_counter()
         options = ort.SessionOptions()
         options.intra_op_num_threads = available_cores()
         options.log_severity_level = _SEVERITY_ERROR
         try:
             self._session: ort.InferenceSession | None = ort.InferenceSession(
-                os.fspath(path), options, providers=["CPUExecutionProvider"]
+                os.fspath(graph.path), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise EngineError(f"{component}: onnxruntime cannot load {path}: {first_line(error)}") from error
-        found = [tensor.name for tensor in self._session.get_inputs()]
-        expected = [tensor.name for tensor in spec.inputs]
-        if found != expected:
-            raise EngineError(f"{component}: {path} takes inputs {found}, the manifest says {expected}")
-        self._outputs = [tensor.name for tensor in spec.outputs]
+            raise EngineError(f"{self.component}: onnxruntime cannot load {graph.path}: {first_line(error)}") from error
+        check_names(graph, [tensor.name for tensor in self._session.get_inputs()])
+        self._outputs = [tensor.name for tensor in self.spec.outputs]
         self.load_seconds = time.perf_counter() - start
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import time
 from functools import cache
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import openvino as ov
 
-from ipa.engines.engine import Array, check_finite, check_inputs
+from ipa.engines.engine import Array, GraphFile, check_finite, check_inputs, check_names
 from ipa.engines.errors import EngineError, first_line
 from ipa.engines.machine import available_cores
-from ipa.engines.spec import ComponentSpec
 
 _DEVICE = "CPU"
 # Where bfloat16 pays: nearly all of the time is spent here. The rest keeps float32, it costs next to nothing.
@@ -43,26 +41,17 @@ class OpenVinoEngine:
     cores) and gives back the memory of the one before.
     """
 
-    def __init__(self, component: str, spec: ComponentSpec, path: Path) -> None:
+    def __init__(self, graph: GraphFile) -> None:
         """Read the graph; it is compiled when the first shapes are known.
 
-        Args:
-            component: name for messages, and for the choice of precision.
-            spec: what the manifest says of inputs and outputs.
-            path: `model.onnx`; its external data, if any, lies beside it.
         Raises:
             EngineError: OpenVINO cannot read the graph, or its tensors are not the spec's.
         """
-        self.component = component
-        self.spec = spec
-        self._path = path
+        self.component, self.spec, self._path = graph.component, graph.spec, graph.path
         start = time.perf_counter()
         self._model: ov.Model | None = self._read()
-        found = [tensor.get_any_name() for tensor in self._model.inputs]
-        expected = [tensor.name for tensor in spec.inputs]
-        if found != expected:
-            raise EngineError(f"{component}: {path} takes inputs {found}, the manifest says {expected}")
-        is_half = component in _HALF_COMPONENTS and has_bfloat16()
+        check_names(graph, [tensor.get_any_name() for tensor in self._model.inputs])
+        is_half = self.component in _HALF_COMPONENTS and has_bfloat16()
         self.precision = "bfloat16" if is_half else "float32"
         self._shapes: _Shapes | None = None
         self._request: ov.InferRequest | None = None

@@ -19,7 +19,7 @@ from ipa.engines.locks import locked, remove_unless_locked
 from ipa.engines.plan_file import PlanError, PlanHeader, PlanKey, check_plan, read_header, read_plan, write_plan
 
 _SECRET_FILE, _SECRET_BYTES = "key", 32
-_SUFFIX = ".plan"
+SUFFIX = ".plan"
 _WORKSPACE = ".build-"
 
 
@@ -51,7 +51,7 @@ class PlanCache:
 
     def path(self, key: PlanKey) -> Path:
         """Where the plan of a key lies or will lie."""
-        return self.root / f"{_file_part(key.component)}-{key.engine}-{key.digest[:32]}{_SUFFIX}"
+        return self.root / f"{_file_part(key.component)}-{key.engine}-{key.digest[:32]}{SUFFIX}"
 
     def find(self, key: PlanKey, bundle: Path) -> PlanHeader | Missing:
         """The header of a key's plan, all of which has been checked; or why there is none.
@@ -134,7 +134,7 @@ class PlanCache:
 
     def headers(self) -> Iterator[tuple[Path, PlanHeader]]:
         """Every plan that this cache wrote and nobody changed since."""
-        for path in sorted(self.root.glob(f"*{_SUFFIX}")):
+        for path in sorted(self.root.glob(f"*{SUFFIX}")):
             try:
                 yield path, read_header(path, self._secret)
             except (PlanError, OSError):

@@ -42,7 +42,8 @@ def usable_plans(graph: GraphFile, engine: str, version: str, gpu: Gpu) -> list[
     Raises:
         EngineError: there is none; says why, and the command that builds it.
     """
-    found, refused = [], list[list[str]]()
+    found: list[tuple[int, StoredPlan]] = []
+    refused: list[list[str]] = []
     for path, header, load in _plans(graph.plans):
         if (header.key.component, header.key.engine) == (graph.component, engine):
             obstacles = _obstacles(header.key, graph, version, gpu)
@@ -51,10 +52,10 @@ def usable_plans(graph: GraphFile, engine: str, version: str, gpu: Gpu) -> list[
             else:
                 found.append((path.stat().st_mtime_ns, StoredPlan(header, load)))
     if not found:
-        reason = "; ".join(min(refused, key=len, default=["none has been built"]))
+        nearest: list[str] = min(refused, key=len) if refused else ["none has been built"]
         where = f"in {graph.plans}" if graph.plans else "in the cache"
         raise EngineError(
-            f"{graph.component}: no engine for {engine} {where}: {reason}; "
+            f"{graph.component}: no engine for {engine} {where}: {'; '.join(nearest)}; "
             f"run `ipa-export build-engines --bundle {graph.bundle} --engine {engine}`"
         )
     return [plan for _, plan in sorted(found, key=lambda pair: pair[0], reverse=True)]
@@ -91,7 +92,11 @@ def _obstacles(key: PlanKey, graph: GraphFile, version: str, gpu: Gpu) -> list[s
         ("platform", key.platform, platform_name()),
         ("recipe", key.recipe, RECIPE),
     )
-    reasons = [f"{name} differ" if name == "weights" else f"{name} was {old}, is {new}" for name, old, new in pairs if old != new]
+    reasons = [
+        f"{name} differ" if name == "weights" else f"{name} was {old}, is {new}"
+        for name, old, new in pairs
+        if old != new
+    ]
     return reasons if _is_for(key, gpu) else [*reasons, f"it is for {key.target}, this GPU is {gpu_target(gpu)}"]
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 
-from ipa.engines.engine import Engine
+from ipa.engines import tensorrt_library
+from ipa.engines.cuda_driver import NoDriver, find_driver
+from ipa.engines.engine import Engine, GraphFile
 from ipa.engines.errors import EngineError, first_line
-from ipa.engines.spec import ComponentSpec
+from ipa.engines.machine import has_distribution
 
-Opener = Callable[[str, ComponentSpec, Path], Engine]
+Opener = Callable[[GraphFile], Engine]
+Obstacle = Callable[[Sequence[GraphFile]], str]
 
 
 @dataclass(frozen=True)
@@ -21,44 +23,114 @@ class Backend:
 
     Attributes:
         name: as `--engine` takes it.
-        module: Python module that it needs.
-        extra: of our distribution, which installs that module.
+        modules: Python modules that it needs.
         summary: what it is, for people.
+        install: the command that installs it here.
         open: opens a component's graph.
+        obstacle: why it cannot run these graphs although it is installed; empty where it can.
+        distribution: that must be installed, where the modules do not tell.
     """
 
     name: str
-    module: str
-    extra: str
+    modules: tuple[str, ...]
     summary: str
+    install: Callable[[], str]
     open: Opener
+    obstacle: Obstacle = lambda graphs: ""
+    distribution: str = ""
 
     @property
     def is_installed(self) -> bool:
-        """Whether its module is there."""
-        return find_spec(self.module) is not None
+        """Whether everything that it needs is there."""
+        return all(map(_is_there, self.modules)) and (not self.distribution or has_distribution(self.distribution))
 
     @property
-    def install(self) -> str:
-        """The command that installs it."""
-        return f"pip install 'ipa-runtime[{self.extra}]'"
+    def needs_gpu(self) -> bool:
+        """Whether it is of no use without an NVIDIA GPU."""
+        return self.name in _GPU_NAMES
 
 
-def _open_openvino(component: str, spec: ComponentSpec, path: Path) -> Engine:
+_GPU_NAMES = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it is missing
+        return False
+
+
+def _extra(name: str) -> Callable[[], str]:
+    return lambda: f"pip install 'ipa-runtime[{name}]'"
+
+
+def _open_openvino(graph: GraphFile) -> Engine:
     from ipa.engines.openvino_engine import OpenVinoEngine
 
-    return OpenVinoEngine(component, spec, path)
+    return OpenVinoEngine(graph)
 
 
-def _open_onnxruntime(component: str, spec: ComponentSpec, path: Path) -> Engine:
+def _open_onnxruntime(graph: GraphFile) -> Engine:
     from ipa.engines.onnxruntime_engine import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(component, spec, path)
+    return OnnxRuntimeEngine(graph)
 
 
-BACKENDS = (  # the fastest first: `auto` takes the first that is installed
-    Backend("openvino", "openvino", "openvino", "any CPU, bfloat16 where it has it", _open_openvino),
-    Backend("onnxruntime", "onnxruntime", "onnxruntime", "any CPU, float32", _open_onnxruntime),
+def _open_onnxruntime_cuda(graph: GraphFile) -> Engine:
+    from ipa.engines.onnxruntime_cuda_engine import OnnxRuntimeCudaEngine
+
+    return OnnxRuntimeCudaEngine(graph)
+
+
+def _tensorrt(name: str, summary: str) -> Backend:
+    def open_plan(graph: GraphFile) -> Engine:
+        from ipa.engines.tensorrt_engine import TensorRtEngine
+
+        return TensorRtEngine(graph, name)
+
+    def obstacle(graphs: Sequence[GraphFile]) -> str:
+        driver = find_driver()
+        if isinstance(driver, NoDriver):
+            return driver.reason
+        try:
+            from ipa.engines.plan_choice import usable_plans
+
+            version = tensorrt_library.library_version(name)
+            for graph in graphs:
+                usable_plans(graph, name, version, driver.gpus[0])
+        except (EngineError, ImportError) as error:  # the cache needs a Unix
+            return str(error)
+        return ""
+
+    return Backend(
+        name,
+        (tensorrt_library.MODULES[name], "cuda.bindings"),
+        summary,
+        lambda: tensorrt_library.install_command(name),
+        open_plan,
+        obstacle,
+    )
+
+
+def _no_driver(graphs: Sequence[GraphFile]) -> str:
+    driver = find_driver()
+    return driver.reason if isinstance(driver, NoDriver) else ""
+
+
+BACKENDS = (  # the fastest first: `auto` takes the first that can run
+    _tensorrt("tensorrt", "NVIDIA GPUs; builds on the GPU that it will run on"),
+    _tensorrt("tensorrt-rtx", "NVIDIA GPUs; builds without a GPU"),
+    Backend(
+        "onnxruntime-cuda",
+        ("onnxruntime",),
+        "NVIDIA GPUs, nothing to build",
+        _extra("cuda"),
+        _open_onnxruntime_cuda,
+        _no_driver,
+        distribution="onnxruntime-gpu",
+    ),
+    Backend("openvino", ("openvino",), "any CPU, bfloat16 where it has it", _extra("openvino"), _open_openvino),
+    Backend("onnxruntime", ("onnxruntime",), "any CPU, float32", _extra("onnxruntime"), _open_onnxruntime),
 )
 ENGINE_NAMES = ("auto", *(backend.name for backend in BACKENDS))
 
@@ -75,51 +147,63 @@ class Choice:
 
 
 def is_installed(name: str) -> bool:
-    """Whether there is such a back-end, and its module."""
+    """Whether there is such a back-end, and its modules."""
     return any(backend.name == name and backend.is_installed for backend in BACKENDS)
 
 
-def resolve_engine(name: str) -> Choice:
+def resolve_engine(name: str, graphs: Sequence[GraphFile] = ()) -> Choice:
     """The back-end that a name stands for: `auto` is the fastest one that this machine can run.
 
+    Args:
+        name: one of `ENGINE_NAMES`.
+        graphs: what it is to run; engines that are built beforehand must be there for all of them.
     Raises:
-        EngineError: the back-end is unknown or not installed.
+        EngineError: the back-end is unknown, not installed or cannot run here.
     """
     if name not in ENGINE_NAMES:
         raise EngineError(f"unknown engine '{name}', expected one of {', '.join(ENGINE_NAMES)}")
     if name == "auto":
-        return _automatic()
+        return _automatic(graphs)
     backend = _backend(name)
     if not backend.is_installed:
-        raise EngineError(f"the engine '{name}' is not installed: run `{backend.install}`")
+        raise EngineError(f"the engine '{name}' is not installed: run `{backend.install()}`")
+    if reason := backend.obstacle(graphs):
+        raise EngineError(f"the engine '{name}' cannot run here: {reason}; `--engine auto` takes one that can")
     return Choice(name, "as asked")
 
 
-def _automatic() -> Choice:
-    best = next((backend for backend in BACKENDS if backend.is_installed), None)
-    if best is None:
-        raise EngineError(f"no engine is installed: run `{BACKENDS[-1].install}`")
-    faster = [backend for backend in BACKENDS[: BACKENDS.index(best)] if backend.extra != best.extra]
-    hint = f"; faster: `{faster[-1].install}`" if faster else ""
-    return Choice(best.name, f"the fastest that is installed: {best.summary}{hint}")
+def _automatic(graphs: Sequence[GraphFile]) -> Choice:
+    """The first that can run; of the faster ones, the reason says what would help."""
+    hints = []
+    for backend in BACKENDS:
+        if not backend.is_installed:
+            if not backend.needs_gpu:
+                hints.append(f"faster: `{backend.install()}`")
+        elif reason := backend.obstacle(graphs):
+            if not _no_driver(graphs):  # with a GPU there is something to do about it
+                hints.append(f"not {backend.name}: {reason}")
+        else:
+            return Choice(backend.name, "; ".join([f"the fastest that runs here: {backend.summary}", *hints[:1]]))
+    raise EngineError(f"no engine is installed: run `{BACKENDS[-1].install()}`")
 
 
 def _backend(name: str) -> Backend:
     return next(backend for backend in BACKENDS if backend.name == name)
 
 
-def open_engine(name: str, component: str, spec: ComponentSpec, path: Path) -> Engine:
+def open_engine(name: str, graph: GraphFile) -> Engine:
     """Open one component's graph in a back-end, one of `ENGINE_NAMES`.
 
     Raises:
         EngineError: the back-end is unknown or not installed, or it cannot load the graph.
     """
-    backend = _backend(resolve_engine(name).name)
-    try:
-        import_module(backend.module)
-    except Exception as error:  # a broken installation may raise anything
-        raise EngineError(
-            f"the engine '{backend.name}' cannot be loaded: {first_line(error)}; run `{backend.install}`, or name "
-            "another with --engine"
-        ) from error
-    return backend.open(component, spec, path)
+    backend = _backend(resolve_engine(name, [graph]).name)
+    for module in backend.modules:
+        try:
+            import_module(module)
+        except Exception as error:  # a broken installation may raise anything
+            raise EngineError(
+                f"the engine '{backend.name}' cannot be loaded: {first_line(error)}; run `{backend.install()}`, or "
+                "name another with --engine"
+            ) from error
+    return backend.open(graph)

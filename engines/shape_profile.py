@@ -124,6 +124,17 @@ def as_text(shapes: Mapping[str, tuple[Shape, Shape, Shape]]) -> str:
     )
 
 
+def covers(profile: str, shapes: Mapping[str, Shape]) -> bool:
+    """Whether inputs of these shapes fit a profile that `as_text` wrote. Inputs it does not name have a fixed shape."""
+    for entry in filter(None, profile.split(", ")):
+        name, _, sizes = entry.rpartition(" ")
+        smallest, _, largest = ([int(size) for size in shape.split("x")] for shape in sizes.split(":"))
+        bounds = zip(smallest, shapes[name], largest, strict=True)
+        if not all(least <= size <= most for least, size, most in bounds):
+            return False
+    return True
+
+
 def _latent(pixels: Range, downscale: int) -> Range:
     return Range(*(size // downscale for size in pixels))
 

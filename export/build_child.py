@@ -22,7 +22,6 @@ import onnx
 from ipa.engines.tensorrt_library import load_library
 from ipa.export.attention_function import expanded
 
-RECIPE = "1"  # of this file and of the graph it hands over: another number builds every engine again
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
 

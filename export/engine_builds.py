@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -19,17 +18,18 @@ from typing import IO, Any
 from ipa.engines.bundle import Bundle, verify_files
 from ipa.engines.cuda_driver import Driver, find_driver
 from ipa.engines.errors import EngineError
+from ipa.engines.machine import platform_name
 from ipa.engines.manifest import ComponentRecord
 from ipa.engines.plan_cache import Missing, PlanCache
-from ipa.engines.plan_file import PlanHeader, PlanKey
+from ipa.engines.plan_choice import ANY_CAPABILITY, gpu_target
+from ipa.engines.plan_file import RECIPE, PlanHeader, PlanKey
 from ipa.engines.shape_profile import ShapeProfile, as_text
 from ipa.engines.spec import ComponentSpec
 from ipa.engines.tensorrt_library import library_version, load_library
-from ipa.export.build_child import RECIPE, BuildTask
+from ipa.export.build_child import BuildTask
 from ipa.export.resources import Prediction, check_resources
 
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # that TensorRT-RTX builds for without the GPU
-ANY_CAPABILITY = "8.0 and later"  # what TensorRT-RTX builds for by itself
 _LAST_LINES = 3
 Percent = Callable[[str, int], None]
 
@@ -96,7 +96,7 @@ class EngineBuilds:
             version=self._version,
             target=self._target,
             profile=as_text(shapes),
-            platform=f"{platform.system()}-{platform.machine()}".lower(),
+            platform=platform_name(),
             recipe=RECIPE,
         )
 
@@ -255,7 +255,7 @@ def target(engine: str, capabilities: tuple[str, ...]) -> str:
         )
     if capabilities:
         raise EngineError("--compute-capability is for --engine tensorrt-rtx; TensorRT builds for the GPU it runs on")
-    return f"{driver.gpus[0].capability} {driver.gpus[0].name}"
+    return gpu_target(driver.gpus[0])
 
 
 def _records(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,6 @@ from ipa.engines.engine import Array, Engine
 from ipa.engines.errors import EngineError, IpaError
 from ipa.engines.manifest import Manifest
 from ipa.engines.packed_kv import no_image_kv, scale_values
-from ipa.engines.registry import resolve_engine
 from ipa.engines.spec import KVLayout
 from ipa.export.adapters import AdapterFile, AdapterWeights, BaseAdapter, read_adapter
 from ipa.export.cases import cases, step_inputs
@@ -53,8 +52,8 @@ class Validator:
         Raises:
             IpaError: the bundle is damaged, or base model or adapters are not the kind of the bundle's.
         """
-        self.engine = resolve_engine(engine).name
         self.bundle = Bundle.open(root)
+        self.engine = self.bundle.resolve_engine(engine).name
         self.base = BasePipeline(base, image_encoder)
         manifest = self.bundle.manifest
         dimensions = manifest_dimensions(manifest)

@@ -30,7 +30,8 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.option("--width", type=int, metavar="W", help="Pixels, a multiple of 8.")
 @click.option("--scheduler", metavar="ddim|pndm", help="Noise scheduler.  [default: the bundle's]")
 @click.option("--eta", type=float, metavar="E", help="Noise added back at each DDIM step, 0 to 1.  [default: 0]")
-@click.option("--engine", metavar="auto|openvino|onnxruntime", help="Inference back-end.  [default: auto]")
+@click.option("--engine", metavar="NAME", help="auto, or one of those that `ipa-doctor` lists.  [default: auto]")
+@click.option("--trust-engines", metavar="DIR", help="Run the engine plans in DIR, native code that others built.")
 @click.option("--output", metavar="FILE_OR_DIR", help="A .png file, or a folder.  [default: the current folder]")
 @click.option("--from", "source", metavar="PNG", help="Make a picture of ours again; other options override its own.")
 @click.option("--no-metadata", is_flag=True, help="Write PNG files without the request.")
@@ -42,6 +43,7 @@ def run(
     engine: str | None,
     output: str | None,
     source: str | None,
+    trust_engines: str | None,
     no_metadata: bool,
     timings: bool,
     output_format: str,
@@ -54,7 +56,8 @@ def run(
     from ipa.runtime.job import Job
 
     given = {name: value for name, value in fields.items() if value is not None}
-    job = Job.plan(given, bundle=bundle, engine=engine, output=output, source=source)
+    places = {"bundle": bundle, "output": output, "source": source, "trust_engines": trust_engines}
+    job = Job.plan(given, engine=engine, **places)
     report = job.run(has_metadata=not no_metadata, show=_progress)
     if job.engine == "auto" and sys.stderr.isatty():
         click.echo(f"ipa-run: engine {report.engine}", err=True)

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import click
 from ipa.engines.cuda_driver import Driver, NoDriver, find_driver
 from ipa.engines.errors import EngineError, first_line
 from ipa.engines.machine import available_cores, available_memory, default_cache, has_distribution
-from ipa.engines.registry import BACKENDS, resolve_engine
-from ipa.engines.tensorrt_library import MODULES, install_command, is_installed, load_library
+from ipa.engines.registry import BACKENDS, Backend, resolve_engine
+from ipa.engines.tensorrt_library import MODULES, install_command, load_library
 
 _GIB = 2**30
 # Distributions that bring the same module: with two of them, the one installed last wins, in parts.
@@ -78,7 +79,7 @@ class Report:
 def examine() -> Report:
     """Look at everything; nothing here raises for what it finds."""
     driver, folder = find_driver(), default_cache()
-    engines = (*_cpu_engines(), *(_tensorrt(engine, driver) for engine in MODULES))
+    engines, plans = tuple(_state(backend, driver) for backend in BACKENDS), _plans(folder)
     try:
         auto = str(resolve_engine("auto"))
     except EngineError as error:
@@ -94,41 +95,36 @@ def examine() -> Report:
         driver=driver,
         engines=engines,
         auto=auto,
-        plans=_plans(folder),
-        advice=tuple(_advice(engines)),
+        plans=plans,
+        advice=tuple(_advice(engines, isinstance(driver, Driver), plans.count)),
     )
 
 
-def _cpu_engines() -> Iterator[EngineState]:
-    for backend in BACKENDS:
-        if not backend.is_installed:
-            yield EngineState(backend.name, "missing", backend.summary, backend.install)
-            continue
-        try:
-            __import__(backend.module)
-        except Exception as error:  # a broken installation may raise anything
-            yield EngineState(backend.name, "broken", first_line(error), backend.install)
-        else:
-            yield EngineState(backend.name, "ready", f"{_version(backend.module)}; {backend.summary}")
-
-
-def _tensorrt(engine: str, driver: Driver | NoDriver) -> EngineState:
-    install = install_command(engine, driver)
-    if not is_installed(engine):
-        where = "builds on the GPU that it will run on" if engine == "tensorrt" else "builds without a GPU"
-        return EngineState(engine, "missing", f"NVIDIA GPUs; {where}", install)
+def _state(backend: Backend, driver: Driver | NoDriver) -> EngineState:
+    """What one back-end can do here."""
+    if not backend.is_installed:
+        # Which TensorRT to install is the driver's affair.
+        install = install_command(backend.name, driver) if backend.name in MODULES else backend.install()
+        return EngineState(backend.name, "missing", backend.summary, install)
     try:
-        library = load_library(engine)
-    except EngineError as error:
-        return EngineState(engine, "broken", str(error))
-    if engine == "tensorrt" and isinstance(driver, NoDriver):
-        return EngineState(engine, "broken", f"{library.__version__}; {driver.reason}")
-    detail = f"{library.__version__}; `ipa-export build-engines`; this version of ipa-run does not run them yet"
-    return EngineState(engine, "builds", detail)
+        for module in backend.modules:
+            import_module(module)
+        if backend.name in MODULES:
+            load_library(backend.name)  # refuses one that is too old
+    except Exception as error:  # a broken installation may raise anything
+        return EngineState(backend.name, "broken", first_line(error), backend.install())
+    detail = f"{_version(backend)}; {backend.summary}"
+    if not backend.needs_gpu:
+        return EngineState(backend.name, "ready", detail)
+    if isinstance(driver, NoDriver):
+        is_builder = backend.name == "tensorrt-rtx"
+        return EngineState(backend.name, "builds" if is_builder else "broken", f"{detail}; {driver.reason}")
+    return EngineState(backend.name, "ready", detail)
 
 
-def _version(module: str) -> str:
-    for name in (module, *(rival for rival in _RIVALS if module == "onnxruntime")):
+def _version(backend: Backend) -> str:
+    module = backend.modules[0]
+    for name in (backend.distribution or module, *(rival for rival in _RIVALS if module == "onnxruntime")):
         try:
             return version(name)
         except PackageNotFoundError:
@@ -158,7 +154,7 @@ def _plans(folder: Path) -> Plans:
     return Plans(str(folder), len(headers), sum(header.size for header in headers))
 
 
-def _advice(engines: tuple[EngineState, ...]) -> Iterator[str]:
+def _advice(engines: tuple[EngineState, ...], has_gpu: bool, plan_count: int) -> Iterator[str]:
     """What to do, most useful first."""
     rivals = [name for name in _RIVALS if has_distribution(name)]
     if len(rivals) > 1:
@@ -167,9 +163,17 @@ def _advice(engines: tuple[EngineState, ...]) -> Iterator[str]:
     for state in engines:
         if state.state == "broken" and state.install:
             yield f"{state.name} does not load: `{state.install}`"
-    best = engines[0]  # the fastest of the CPU's; those for a GPU do not run yet
-    if best.state == "missing":
-        yield f"faster pictures: `{best.install}`"
+    if not has_gpu:
+        best = next(state for state, backend in zip(engines, BACKENDS, strict=True) if not backend.needs_gpu)
+        if best.state == "missing":
+            yield f"faster pictures: `{best.install}`"
+        return
+    builders = [state for state in engines if state.name in MODULES]
+    ready = [state.name for state in builders if state.state == "ready"]
+    if not ready:
+        yield f"faster pictures: `{builders[0].install}`"
+    elif not plan_count:
+        yield f"faster pictures: `ipa-export build-engines --bundle DIR --engine {ready[0]}`"
 
 
 def _existing(path: Path) -> Path:
@@ -195,7 +199,7 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     for state in report.engines:
         install = f": `{state.install}`" if state.install else ""
-        yield f"{state.name:13} {state.state:8} {state.detail}{install}"
+        yield f"{state.name:16} {state.state:8} {state.detail}{install}"
     yield ""
     yield f"--engine auto: {report.auto}"
     plans = report.plans

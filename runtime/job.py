@@ -62,16 +62,24 @@ class Job:
     output: Path
     warnings: tuple[str, ...] = ()
     unet_sha256: str | None = None  # of the UNet that made the picture this job makes again
+    trust_engines: Path | None = None  # folder of engine plans in place of the user's cache
 
     @classmethod
     def plan(
-        cls, given: Mapping[str, Any], *, bundle: str | None, engine: str | None, output: str | None, source: str | None
+        cls,
+        given: Mapping[str, Any],
+        *,
+        bundle: str | None,
+        engine: str | None,
+        output: str | None,
+        source: str | None,
+        trust_engines: str | None = None,
     ) -> Self:
         """Check everything that can be checked before a model is opened.
 
         Args:
             given: fields of `Request` that the user named.
-            bundle, engine, output: as on the command line.
+            bundle, engine, output, trust_engines: as on the command line.
             source: a PNG of ours whose request the given fields override.
         Raises:
             RequestError: a field, the source or the output does not fit.
@@ -99,6 +107,7 @@ class Job:
             target,
             tuple(warnings),
             recorded.get("unet_sha256") if bundle is None else None,
+            None if trust_engines is None else Path(trust_engines),
         )
 
     def run(self, *, has_metadata: bool, show: Callable[[int], Any]) -> Report:
@@ -115,7 +124,8 @@ class Job:
             bar = bar if bar is not None else show(step.count)
             bar.update()
 
-        with Pipeline.open(self.bundle or demo_bundle(), engine=self.engine, keep_engines=False) as pipeline:
+        folder, trusted = self.bundle or demo_bundle(), self.trust_engines
+        with Pipeline.open(folder, engine=self.engine, keep_engines=False, trust_engines=trusted) as pipeline:
             try:
                 result = pipeline.run(self.request, progress)
             finally:

@@ -19,7 +19,6 @@ from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Engine
 from ipa.engines.errors import BundleError
 from ipa.engines.packed_kv import no_image_kv, scale_values
-from ipa.engines.registry import resolve_engine
 from ipa.runtime.conditioning import guidance_batch
 from ipa.runtime.denoise import Step, denoise
 from ipa.runtime.images import open_image, preprocess, to_images
@@ -63,7 +62,7 @@ class Pipeline:
         self.bundle = bundle
         self.keep_engines = keep_engines
         self.manifest = bundle.manifest
-        self.choice = resolve_engine(engine)
+        self.choice = bundle.resolve_engine(engine)
         self.engine = self.choice.name
         self._engines: dict[str, Engine] = {}
         self._closed_load_seconds = 0.0
@@ -72,7 +71,13 @@ class Pipeline:
 
     @classmethod
     def open(
-        cls, path: Path | str, *, engine: str = "auto", verify: bool = True, keep_engines: bool = True
+        cls,
+        path: Path | str,
+        *,
+        engine: str = "auto",
+        verify: bool = True,
+        keep_engines: bool = True,
+        trust_engines: Path | None = None,
     ) -> Pipeline:
         """Open a bundle's folder.
 
@@ -82,10 +87,12 @@ class Pipeline:
             verify: check the sha256 of every file first.
             keep_engines: keep them for the next request. Without, each closes after its stage: one request takes
                 no more memory than its largest stage does.
+            trust_engines: folder of engine plans to use in place of the user's own cache. A plan is native code: name
+                only a folder that you would run programs from.
         Raises:
             BundleError: the bundle is missing, damaged or of a newer format.
         """
-        return cls(Bundle.open(Path(path), verify), engine, keep_engines)
+        return cls(Bundle.open(Path(path), verify, trust_engines), engine, keep_engines)
 
     def close(self) -> None:
         """Close every engine."""
@@ -226,6 +233,8 @@ class Pipeline:
 
         latents = draw_noise() * np.float32(schedule.init_noise_sigma)
         text_kv, image_kv = (guidance_batch(kv, len(latents), request.has_guidance) for kv in (text_kv, image_kv))
+        for kv in (text_kv, image_kv):
+            kv.flags.writeable = False  # so an engine may keep its copy over the steps
         return denoise(unet, schedule, latents, text_kv, image_kv, request.guidance_scale, draw_noise)
 
     def _decode(self, latents: NDArray[np.float32]) -> list[Image.Image]:

@@ -25,6 +25,7 @@ from ipa.engines.manifest import (
     VaeRecord,
 )
 from ipa.engines.onnx_file import ExternalData, external_data
+from ipa.engines.registry import ENGINE_NAMES
 from ipa.engines.spec import SPECS, ComponentSpec, KVLayer, KVLayout, TensorSpec
 
 KV = 8
@@ -260,7 +261,7 @@ def test_unknown_names_list_what_exists(root: Path) -> None:
         bundle.adapter("cats")
     with pytest.raises(BundleError, match="no component 'unet'"):
         bundle.open_component("unet", "auto")
-    with pytest.raises(EngineError, match="expected one of auto, openvino, onnxruntime"):
+    with pytest.raises(EngineError, match=f"expected one of {', '.join(ENGINE_NAMES)}"):
         bundle.open_component("text_kv", "warp")
 
 

@@ -120,7 +120,7 @@ def test_auto_says_which_engine_and_why(
     arguments = ["--image", reference, *SMALL, "--output", tmp_path / "x.png", "--format", "json", "--engine", "auto"]
     record = json.loads(ipa_run(*arguments)[1])
     assert record["engine"] == "openvino"
-    assert "fastest that is installed" in record["engine_reason"]
+    assert "the fastest that runs here" in record["engine_reason"]
     monkeypatch.setattr(Backend, "is_installed", property(lambda self: self.name == "onnxruntime"))
     record = json.loads(ipa_run(*arguments)[1])
     assert record["engine"] == "onnxruntime"
@@ -265,7 +265,7 @@ def test_images_that_cannot_be_read(ipa_run: Run, tmp_path: Path, make: Callable
         (["--scheduler", "karras"], "unknown scheduler 'karras', expected one of ddim, pndm"),
         (["--eta", 2], "eta is 2.0, expected 0 to 1"),
         (["--eta", 0.5, "--scheduler", "pndm"], "eta"),
-        (["--engine", "warp"], "unknown engine 'warp', expected one of auto, openvino, onnxruntime"),
+        (["--engine", "warp"], "unknown engine 'warp', expected one of auto, tensorrt, tensorrt-rtx, "),
         (["--adapter", "nobody"], "has no adapter 'nobody'"),
         (["--output", "nowhere/deep/x.png"], "there is no folder"),
         (["--output", "x.jpg"], "x.png"),

@@ -35,7 +35,13 @@ def states(report: doctor.Report) -> dict[str, str]:
 def test_every_engine_of_this_machine(cache: Path) -> None:
     result = CliRunner().invoke(doctor.main, [])
     assert result.exit_code == 0, result.output
-    for text in ("openvino      ready", "onnxruntime   ready", "--engine auto: openvino (", f"engine cache {cache}:"):
+    for text in (
+        "openvino         ready",
+        "onnxruntime      ready",
+        "tensorrt-rtx     builds",
+        "--engine auto: openvino (",
+        f"engine cache {cache}:",
+    ):
         assert text in result.stdout
     assert not cache.exists(), "looking makes nothing"
 
@@ -45,6 +51,7 @@ def test_json_is_the_same_report() -> None:
     assert {engine["name"] for engine in report["engines"]} == {
         "openvino",
         "onnxruntime",
+        "onnxruntime-cuda",
         "tensorrt",
         "tensorrt-rtx",
     }
@@ -68,7 +75,10 @@ def test_no_engine_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_engine_that_does_not_load_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    backends = (replace(registry.BACKENDS[0], module="json.tool.nothing"), *registry.BACKENDS[1:])
+    backends = [
+        replace(backend, modules=("json.tool.nothing",)) if backend.name == "openvino" else backend
+        for backend in registry.BACKENDS
+    ]
     monkeypatch.setattr(doctor, "BACKENDS", backends)
     monkeypatch.setattr(registry, "find_spec", lambda name: object())
     report = doctor.examine()
@@ -95,7 +105,11 @@ def test_a_gpu_and_the_tensorrt_for_its_driver(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(doctor, "find_driver", lambda driver=driver: driver)
         text = doctor.as_text(doctor.examine())
         assert f"GPU: NVIDIA H200, compute capability 9.0, 141 GiB, CUDA {cuda[0]}.{cuda[1]}" in text
-        assert f"pip install 'ipa-runtime[{extra}]'" in text
+        assert f"`pip install 'ipa-runtime[{extra}]'`" in text
+        assert "tensorrt-rtx     ready" in text
+        assert "advice: faster pictures: `ipa-export build-engines --bundle DIR --engine tensorrt-rtx`" in text
+    without(monkeypatch, "tensorrt_rtx")
+    assert "advice: faster pictures: `pip install 'ipa-runtime[trt-cu13]'`" in doctor.as_text(doctor.examine())
 
 
 @pytest.mark.skipif(not isinstance(find_driver(), NoDriver), reason="there is a GPU")

@@ -1,0 +1,306 @@
+"""Running plans. There is no GPU here: NVIDIA's own Python bindings run on a libcuda that keeps "device" memory on the
+host (tests/fake_libcuda.c), and TensorRT is one that computes by onnxruntime (tests/fake_tensorrt). What is tested is
+ours: which plan is taken, what is copied when, the CUDA graph, and every message. On a GPU: `make gpu-check`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ipa.engines.bundle import Bundle
+from ipa.engines.cuda_driver import NoDriver, find_driver
+from ipa.engines.machine import platform_name
+from ipa.engines.plan_cache import PlanCache
+from ipa.engines.plan_file import RECIPE, PlanKey
+from ipa.engines.shape_profile import ShapeProfile, as_text, covers
+
+HERE = Path(__file__).parent
+PROFILE = ShapeProfile.parse(["128x128", "64x64"], "1:1:2", "1:4:8")
+REQUEST = ("--prompt", "a cat", "--seed", "3", "--steps", "4", "--height", "64", "--width", "96", "--format", "json")
+Change = Callable[[PlanKey], PlanKey]
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in for the driver needs gcc"),
+    pytest.mark.skipif(not isinstance(find_driver(), NoDriver), reason="there is a GPU: run `make gpu-check`"),
+]
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a machine with a GPU."""
+    folder = tmp_path_factory.mktemp("driver")
+    library, source = os.fspath(folder / "libcuda.so.1"), os.fspath(HERE / "fake_libcuda.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
+    return {**os.environ, "LD_LIBRARY_PATH": os.fspath(folder), "PYTHONPATH": os.fspath(HERE / "fake_tensorrt")}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("IPA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def store_plans(cache: Path, bundle: Path, change: Change = lambda key: key) -> None:
+    """A plan for every component, as a build on this machine would leave it but for `change`."""
+    manifest, plans = Bundle.open(bundle, verify=False).manifest, PlanCache(cache)
+    adapters = {f"ip_adapter/{name}": record.component for name, record in manifest.adapters.items()}
+    for name, record in {**manifest.components, **adapters}.items():
+        profile = as_text(PROFILE.shapes(name, record.spec, manifest.vae.downscale))
+        key = PlanKey(
+            name, record.sha256, record.dtype, "tensorrt", "11.0.0.1", "9.0 Fake GPU", profile, platform_name(), RECIPE
+        )
+        with plans.workspace() as folder:
+            (folder / "plan").write_text(os.fspath(bundle / record.files[0].path))
+            plans.store(change(key), folder / "plan", bundle, {}, 1.0, 1.0)
+
+
+def run(gpu: dict[str, str], cache: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from ipa.runtime.cli import main; main()", *map(os.fspath, arguments)]
+    return subprocess.run(command, env={**gpu, "IPA_CACHE": str(cache)}, capture_output=True, text=True)
+
+
+def script(gpu: dict[str, str], text: str, *arguments: Path) -> Any:
+    """What a script prints, as JSON."""
+    command = [sys.executable, "-c", text, *map(os.fspath, arguments)]
+    done = subprocess.run(command, env=gpu, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)).save(tmp_path / "reference.png")
+    return tmp_path / "reference.png"
+
+
+DEVICE = """
+import ctypes, json
+import numpy as np
+from ipa.engines.cuda_device import CudaDevice
+from ipa.engines.errors import EngineError
+
+def refused(work):
+    try:
+        work()
+    except EngineError as error:
+        return str(error)
+
+with CudaDevice() as device:
+    array, back = np.arange(6, dtype=np.float32), np.empty(6, np.float32)
+    pointer = device.allocate(array.nbytes)
+    device.upload(pointer, array)
+    device.download(back, pointer)
+    device.synchronize()
+    full = refused(lambda: device.allocate(2**40))
+    graph = device.capture(lambda: device.upload(pointer, array))
+    device.launch(graph)
+    def fails():
+        raise EngineError("not in a graph")
+    stopped = refused(lambda: device.capture(fails))
+    device.upload(pointer, array)  # the stream has left capture mode
+    wrong = refused(lambda: device.launch(0))
+device.close()
+count = ctypes.CDLL("libcuda.so.1").fake_count
+names = ("contexts", "buffers", "graphs", "streams", "launches", "copies_captured", "uploads")
+print(json.dumps({"back": back.tolist(), "full": full, "stopped": stopped, "wrong": wrong,
+                  **{name: count(name.encode()) for name in names}}))
+"""
+
+
+def test_memory_copies_and_graphs(gpu: dict[str, str]) -> None:
+    found = script(gpu, DEVICE)
+    assert found["back"] == [0, 1, 2, 3, 4, 5]
+    assert found["full"].startswith("GPU memory is full: 1048576 MiB wanted, 512 of 1024 MiB are free")
+    assert found["stopped"] == "not in a graph"
+    assert found["wrong"] == "CUDA failed: invalid argument (CUDA_ERROR_INVALID_VALUE)"
+    assert (found["launches"], found["copies_captured"], found["uploads"]) == (1, 1, 2)
+    assert [found[name] for name in ("contexts", "buffers", "graphs", "streams")] == [0, 0, 0, 0], "all given back"
+
+
+def test_ipa_run_takes_the_plans_by_itself(
+    gpu: dict[str, str], cache: Path, tiny_bundle: Path, picture: Path, tmp_path: Path
+) -> None:
+    store_plans(cache, tiny_bundle)
+    images, records = [], []
+    for engine in ("auto", "tensorrt", "onnxruntime"):
+        target = tmp_path / f"{engine}.png"
+        options = ("--image", picture, "--bundle", tiny_bundle, "--engine", engine, "--output", target)
+        done = run(gpu, cache, *options, *REQUEST)
+        assert done.returncode == 0, done.stderr
+        records.append(json.loads(done.stdout))
+        images.append(np.asarray(Image.open(target)))
+    assert [record["engine"] for record in records] == ["tensorrt", "tensorrt", "onnxruntime"]
+    assert records[0]["engine_reason"].startswith("the fastest that runs here: NVIDIA GPUs")
+    np.testing.assert_array_equal(images[0], images[1])
+    np.testing.assert_array_equal(images[0], images[2])
+
+
+ENGINE = """
+import ctypes, json, sys
+from pathlib import Path
+import numpy as np
+from ipa.engines.bundle import Bundle
+
+count = ctypes.CDLL("libcuda.so.1").fake_count
+bundle = Bundle.open(Path(sys.argv[1]), verify=False)
+rng = np.random.default_rng(0)
+kv = bundle.manifest.kv_layout.size
+def inputs(side, tokens=4):
+    return {"sample": rng.standard_normal((2, 4, side, side)).astype("f"), "timestep": np.array(500, "f"),
+            "text_kv": rng.standard_normal((2, 77, kv)).astype("f"),
+            "image_kv": rng.standard_normal((2, tokens, kv)).astype("f")}
+report = {"uploads": [], "launches": [], "worst": []}
+with bundle.open_component("unet", "tensorrt") as engine, bundle.open_component("unet", "onnxruntime") as oracle:
+    for side in (8, 16):
+        arrays = inputs(side)
+        for name in ("text_kv", "image_kv"):
+            arrays[name].flags.writeable = False
+        for step in range(4):
+            arrays["sample"] = rng.standard_normal(arrays["sample"].shape).astype("f")
+            before = count(b"uploads"), count(b"launches")
+            found = engine(**arrays)["noise_pred"]
+            report["uploads"].append(count(b"uploads") - before[0])
+            report["launches"].append(count(b"launches") - before[1])
+            report["worst"].append(float(np.abs(found - oracle(**arrays)["noise_pred"]).max()))
+    arrays["text_kv"] = arrays["text_kv"] * 2  # another array, writable
+    report["worst"].append(float(np.abs(engine(**arrays)["noise_pred"] - oracle(**arrays)["noise_pred"]).max()))
+    arrays["text_kv"] *= 0.5  # the same one, changed
+    report["worst"].append(float(np.abs(engine(**arrays)["noise_pred"] - oracle(**arrays)["noise_pred"]).max()))
+    report["buffers"] = count(b"buffers")
+    report["precision"] = engine.precision
+    report["loaded"] = engine.load_seconds > 0
+report["left"] = [count(name) for name in (b"buffers", b"graphs", b"streams", b"contexts")]
+print(json.dumps(report))
+"""
+
+
+def test_steps_copy_only_what_changes_and_become_one_graph(gpu: dict[str, str], cache: Path, tiny_bundle: Path) -> None:
+    store_plans(cache, tiny_bundle)
+    found = script({**gpu, "IPA_CACHE": str(cache)}, ENGINE, tiny_bundle)
+    assert max(found["worst"]) == 0  # the same library on the same arrays
+    assert found["uploads"] == [4, 2, 2, 2] * 2, "keys and values once for each shape"
+    assert found["launches"] == [0, 1, 1, 1] * 2, "the first call sets up, then it is a graph"
+    assert found["buffers"] == 5
+    assert found["left"] == [0, 0, 0, 0]
+    assert (found["precision"], found["loaded"]) == ("float32", True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda key: replace(key, target="8.9 NVIDIA L4"), "it is for 8.9 NVIDIA L4, this GPU is 9.0 Fake GPU"),
+        (lambda key: replace(key, version="10.13.3"), "version was 10.13.3, is 11.0.0.1"),
+        (lambda key: replace(key, weights="0" * 64), "weights differ"),
+        (lambda key: replace(key, recipe="0"), "recipe was 0"),
+        (lambda key: replace(key, platform="windows-amd64"), "platform was windows-amd64"),
+        (lambda key: replace(key, engine="tensorrt-rtx"), "none has been built"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_not_run(
+    gpu: dict[str, str], cache: Path, tiny_bundle: Path, tmp_path: Path, change: Change, reason: str
+) -> None:
+    store_plans(cache, tiny_bundle, change)
+    options = ("--bundle", tiny_bundle, "--output", tmp_path / "x.png")
+    done = run(gpu, cache, *options, "--engine", "tensorrt", *REQUEST)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert f"`ipa-export build-engines --bundle {tiny_bundle} --engine tensorrt`" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
+    record = json.loads(run(gpu, cache, *options, "--engine", "auto", *REQUEST).stdout)
+    assert record["engine"] == "openvino"
+    assert reason in record["engine_reason"]
+
+
+def test_a_changed_plan_is_not_run(gpu: dict[str, str], cache: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    store_plans(cache, tiny_bundle)
+    (path,) = cache.glob("unet-*.plan")
+    content = path.read_bytes()
+    arguments = ("--bundle", tiny_bundle, "--output", tmp_path / "x.png", "--engine", "tensorrt", *REQUEST)
+    for changed in (content[:-1] + bytes([content[-1] ^ 1]), content[:60] + b"!" + content[61:], content[:-1]):
+        path.write_bytes(changed)
+        done = run(gpu, cache, *arguments)
+        assert done.returncode == 2
+        assert "unet: " in done.stderr
+        assert "ipa-export build-engines" in done.stderr
+    path.write_bytes(content)
+    assert run(gpu, cache, *arguments).returncode == 0
+
+
+def test_a_size_that_was_not_built_for(gpu: dict[str, str], cache: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    store_plans(cache, tiny_bundle)
+    arguments = ("--bundle", tiny_bundle, "--output", tmp_path / "x.png", "--engine", "tensorrt", *REQUEST)
+    done = run(gpu, cache, *arguments, "--width", "256")
+    assert done.returncode == 2
+    assert "unet: no engine was built for sample 2x4x8x32" in done.stderr
+    assert "--resolution" in done.stderr
+
+
+def test_plans_of_others_run_only_when_they_are_named(
+    gpu: dict[str, str], cache: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    others = tmp_path / "others"
+    store_plans(others, tiny_bundle)
+    arguments = ("--bundle", tiny_bundle, "--output", tmp_path / "x.png", "--engine", "tensorrt", *REQUEST)
+    shutil.copytree(others, cache, ignore=lambda folder, names: ["key"])  # signed by a key that this user has not
+    cache.chmod(0o700)
+    done = run(gpu, cache, *arguments)
+    assert (done.returncode, "none has been built" in done.stderr) == (2, True)
+    done = run(gpu, cache, *arguments, "--trust-engines", others)
+    assert done.returncode == 0, done.stderr
+    done = run(gpu, cache, *arguments, "--trust-engines", tmp_path / "nothing")
+    assert (done.returncode, "is not a folder" in done.stderr) == (2, True)
+    (path,) = others.glob("unet-*.plan")
+    path.write_bytes(path.read_bytes()[:-1])
+    done = run(gpu, cache, *arguments, "--trust-engines", others)
+    assert (done.returncode, "is refused" in done.stderr) == (2, True)
+
+
+def test_what_the_library_says_is_in_the_message(
+    gpu: dict[str, str], cache: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, moved)
+    store_plans(cache, moved)
+    (moved / "text_kv" / "model.onnx").unlink()  # the stand-in's plan is this path
+    text = """
+import json, sys
+from pathlib import Path
+from ipa.engines.bundle import Bundle
+from ipa.engines.errors import EngineError
+try:
+    Bundle.open(Path(sys.argv[1]), verify=False).open_component("text_kv", "tensorrt")
+except EngineError as error:
+    print(json.dumps(str(error)))
+"""
+    found = script({**gpu, "IPA_CACHE": str(cache)}, text, tiny_bundle)
+    assert found == "text_kv: tensorrt 11.0.0.1 does not accept the plan: magic tag does not match"
+
+
+def test_without_a_driver_it_is_said_in_one_line(cache: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    arguments = ("--bundle", tiny_bundle, "--output", tmp_path / "x.png", "--engine", "tensorrt-rtx", *REQUEST)
+    done = run(dict(os.environ), cache, *arguments)
+    assert done.returncode == 2
+    assert "no NVIDIA driver here (libcuda.so.1 cannot be loaded); `--engine auto` takes one that can" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_which_shapes_a_profile_covers() -> None:
+    profile = "image_kv 1x1x9:2x4x9:4x8x9, sample 1x4x8x8:2x4x16x16:4x4x16x16"
+    fits = {"sample": (2, 4, 8, 16), "image_kv": (4, 8, 9), "timestep": ()}
+    assert covers(profile, fits)
+    assert not covers(profile, {**fits, "sample": (2, 4, 8, 17)})
+    assert not covers(profile, {**fits, "image_kv": (0, 8, 9)})
+    assert covers("", {"timestep": ()})
