@@ -5,7 +5,7 @@ PACKAGES := engines runtime export trainer benchmarks
 # Ranges live in pyproject.toml; these are the exact versions that were tested.
 INSTALL = install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow check types clean
+.PHONY: demo test test-slow gpu-check check types clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -17,6 +17,10 @@ test: .venv-dev/installed
 
 test-slow: .venv-dev/installed
 	.venv-dev/bin/pytest -m slow
+
+# On a machine without network: the commands below, in an environment that has torch, diffusers and the engines.
+gpu-check: .venv-dev/installed
+	.venv-dev/bin/python -m ipa.benchmarks.gpu_check --output $(OUT)
 
 check: .venv-dev/installed types
 	.venv-dev/bin/ruff format --check .

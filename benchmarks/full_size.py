@@ -8,7 +8,10 @@ come from a seed, so nothing is downloaded and no picture means anything. The to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -61,17 +64,43 @@ SCHEDULER = {
 }
 
 
-def write_pipeline(folder: Path, seed: int = 0) -> None:
+@dataclass(frozen=True)
+class Sizes:
+    """Configurations of the four models, as keywords of their classes."""
+
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+
+
+FULL = Sizes(SD15_UNET, SD15_VAE, CLIP_TEXT, CLIP_VISION)
+# The same structure for a trial of seconds.
+SMALL = Sizes(
+    {
+        **SD15_UNET,
+        "block_out_channels": (32, 64, 96, 96),
+        "cross_attention_dim": 128,
+        "norm_num_groups": 8,
+        "sample_size": 32,
+    },
+    {**SD15_VAE, "block_out_channels": (16, 16, 32, 32), "norm_num_groups": 8, "sample_size": 256},
+    {**CLIP_TEXT, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
+    {**CLIP_VISION, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
+)
+
+
+def write_pipeline(folder: Path, seed: int = 0, sizes: Sizes = FULL) -> None:
     """Write the pipeline's folder, `image_encoder/` included, one model at a time."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(seed)
-    UNet2DConditionModel(**SD15_UNET).save_pretrained(folder / "unet")
-    AutoencoderKL(**SD15_VAE).save_pretrained(folder / "vae")
-    CLIPTextModel(CLIPTextConfig(**CLIP_TEXT)).save_pretrained(folder / "text_encoder")
-    CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_VISION)).save_pretrained(folder / "image_encoder")
+    UNet2DConditionModel(**sizes.unet).save_pretrained(folder / "unet")
+    AutoencoderKL(**sizes.vae).save_pretrained(folder / "vae")
+    CLIPTextModel(CLIPTextConfig(**sizes.text)).save_pretrained(folder / "text_encoder")
+    CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes.vision)).save_pretrained(folder / "image_encoder")
     PNDMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
     _write_tokenizer(folder / "tokenizer")
     _write_index(folder)
@@ -105,8 +134,8 @@ def _write_index(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
 
 
-def write_adapter(file: Path, seed: int = 0) -> None:
-    """Write a base-kind adapter of 4 tokens in the official layout: 3,150,336 + 19,169,280 parameters."""
+def write_adapter(file: Path, seed: int = 0, sizes: Sizes = FULL) -> None:
+    """Write a base-kind adapter of 4 tokens in the official layout: 3,150,336 + 19,169,280 parameters if full."""
     import torch
     from diffusers import UNet2DConditionModel
     from safetensors.torch import save_file
@@ -114,18 +143,23 @@ def write_adapter(file: Path, seed: int = 0) -> None:
     from ipa.export.hoist import kv_layout
 
     with torch.device("meta"):
-        layout = kv_layout(UNet2DConditionModel(**SD15_UNET))
+        layout = kv_layout(UNet2DConditionModel(**sizes.unet))
+    text_width, embed_width = sizes.unet["cross_attention_dim"], sizes.vision["projection_dim"]
     generator = torch.Generator().manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = {
-        "image_proj.proj.weight": (TOKENS * TEXT_WIDTH, EMBED_WIDTH),
-        "image_proj.proj.bias": (TOKENS * TEXT_WIDTH,),
-        "image_proj.norm.weight": (TEXT_WIDTH,),
-        "image_proj.norm.bias": (TEXT_WIDTH,),
+        "image_proj.proj.weight": (TOKENS * text_width, embed_width),
+        "image_proj.proj.bias": (TOKENS * text_width,),
+        "image_proj.norm.weight": (text_width,),
+        "image_proj.norm.bias": (text_width,),
     }
     for index, layer_width in enumerate(layout.widths):
         for which in ("k", "v"):
-            shapes[f"ip_adapter.{2 * index + 1}.to_{which}_ip.weight"] = (layer_width, TEXT_WIDTH)
-    save_file({key: torch.randn(shape, generator=generator) * 0.03 for key, shape in shapes.items()}, file)
+            shapes[f"ip_adapter.{2 * index + 1}.to_{which}_ip.weight"] = (layer_width, text_width)
+    weights = {key: torch.randn(shape, generator=generator) * 0.03 for key, shape in shapes.items()}
+    # As training starts: with a random gain the tokens would be too small to tell one image from another.
+    weights["image_proj.norm.weight"] = torch.ones(text_width)
+    weights["image_proj.norm.bias"] = torch.zeros(text_width)
+    save_file(weights, file)
 
 
 @click.command()

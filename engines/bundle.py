@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ipa.engines.engine import Engine, GraphFile
@@ -93,7 +93,26 @@ class Bundle:
         Raises:
             EngineError: see `ipa.engines.registry.resolve_engine`.
         """
-        return resolve_engine(engine, [self._graph(name, record) for name, record in self.manifest.components.items()])
+        return resolve_engine(engine, [self.graph(name) for name in self.manifest.components])
+
+    def graph(self, name: str, engine: str | None = None) -> GraphFile:
+        """A graph as back-ends get it.
+
+        Args:
+            name: a component of the spec table, or `ip_adapter/NAME`.
+            engine: whose variant of the graph is wanted, if it has one.
+        Raises:
+            BundleError, RequestError: the bundle has no such component or adapter.
+        """
+        kind, _, adapter = name.partition("/")
+        if kind == "ip_adapter":
+            record = self.adapter(adapter).component
+        elif name in self.manifest.components:
+            record = self.manifest.components[name]
+        else:
+            raise BundleError(f"{self.root} has no component '{name}'; export it again with `ipa-export onnx`")
+        file = record.variants.get(engine or "", record.files[0])
+        return GraphFile(name, record.spec, self.file(file), record.sha256, self.root, self.plans)
 
     def open_component(self, name: str, engine: str) -> Engine:
         """Open a graph in a back-end.
@@ -105,20 +124,8 @@ class Bundle:
             BundleError, RequestError: the bundle has no such component or adapter.
             EngineError: the back-end is missing or cannot load the graph.
         """
-        kind, _, adapter = name.partition("/")
-        if kind == "ip_adapter":
-            record = self.adapter(adapter).component
-        elif name in self.manifest.components:
-            record = self.manifest.components[name]
-        else:
-            raise BundleError(f"{self.root} has no component '{name}'; export it again with `ipa-export onnx`")
-        graph = self._graph(name, record)
-        chosen = resolve_engine(engine, [graph]).name
-        variant = record.variants.get(chosen)
-        return open_engine(chosen, replace(graph, path=self.file(variant)) if variant else graph)
-
-    def _graph(self, name: str, record: ComponentRecord) -> GraphFile:
-        return GraphFile(name, record.spec, self.file(record.files[0]), record.sha256, self.root, self.plans)
+        chosen = resolve_engine(engine, [self.graph(name)]).name
+        return open_engine(chosen, self.graph(name, chosen))
 
 
 def verify_files(root: Path, files: Sequence[FileRecord]) -> None:

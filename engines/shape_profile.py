@@ -71,8 +71,8 @@ class ShapeProfile:
 
         Args:
             resolutions: `WIDTHxHEIGHT` in pixels; the first is the usual one, the engine covers all.
-            batch, tokens: as `Range.parse` reads them. A request without image prompt takes the smallest number of
-            tokens, of zeros.
+            batch, tokens: as `Range.parse` reads them. Engines take one token, too: that is a request without image
+            prompt.
         Raises:
             RequestError: names the option and what it takes.
         """
@@ -109,7 +109,7 @@ class ShapeProfile:
             batch = Range(1, 2 if component in _HALVES or is_adapter else 1, 2 * self.batch.largest)
         return {
             "batch": batch,
-            "tokens": self.tokens,
+            "tokens": Range(1, self.tokens.usual, self.tokens.largest),
             "height": self.height,
             "width": self.width,
             "latent_height": _latent(self.height, downscale),

@@ -130,6 +130,10 @@ class TensorRtEngine:
         self._runs = 0
         self._shapes = shapes
 
+    def accepts(self, shapes: dict[str, Shape]) -> bool:
+        """Whether there is a plan for inputs of these shapes."""
+        return any(covers(plan.header.key.profile, shapes) for plan in self._plans)
+
     def _plan_for(self, shapes: dict[str, Shape]) -> StoredPlan:
         for plan in self._plans:
             if covers(plan.header.key.profile, shapes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -10,8 +10,9 @@ from ipa.engines.engine import Array
 from ipa.engines.manifest import Manifest
 from ipa.engines.spec import ComponentSpec, TensorSpec
 
-# batch, tokens, latent_height, latent_width: multiples of 8 and others, the smallest picture (64 x 64 pixels) too
-_SIZES = ((1, 4, 8, 8), (2, 1, 16, 16), (3, 16, 9, 25), (2, 5, 24, 16))
+Size = tuple[int, int, int, int]  # batch, tokens, latent_height, latent_width
+# Multiples of 8 and others, the smallest picture (64 x 64 pixels) too.
+SIZES: Sequence[Size] = ((1, 4, 8, 8), (2, 1, 16, 16), (3, 16, 9, 25), (2, 5, 24, 16))
 _TIMESTEPS = (0, 999, 500, 1)
 # How far real inputs go, as a factor on unit variance: latents of a VAE whose scaling factor is 0.18 have a deviation
 # of 5; CLIP's hidden states have outliers of about 30.
@@ -19,28 +20,38 @@ _EXTREMES = {"latents": 8.0, "encoder_hidden_states": 10.0, "image_embeds": 10.0
 _PICTURES = ("image", "pixel_values")
 
 
-def cases(spec: ComponentSpec, downscale: int, vocabulary: int) -> Iterator[tuple[str, dict[str, Array]]]:
+def cases(
+    spec: ComponentSpec, downscale: int, vocabulary: int, sizes: Sequence[Size] = SIZES
+) -> Iterator[tuple[str, dict[str, Array]]]:
     """Named input sets for one component.
 
     Args:
         spec: of the component, with its sizes.
         downscale: pixels per latent.
         vocabulary: number of token ids.
+        sizes: to draw.
     """
-    for seed, (batch, tokens, height, width) in enumerate(_SIZES):
-        sizes = {
-            "batch": batch,
-            "tokens": tokens,
-            "latent_height": height,
-            "latent_width": width,
-            "height": height * downscale,
-            "width": width * downscale,
-        }
+    for seed, size in enumerate(sizes):
+        batch, _, height, width = size
+        axes = free_axes(size, downscale)
         random = np.random.default_rng(seed)
-        inputs = {tensor.name: _draw(tensor, sizes, random, seed, vocabulary) for tensor in spec.inputs}
+        inputs = {tensor.name: _draw(tensor, axes, random, seed, vocabulary) for tensor in spec.inputs}
         yield f"batch {batch}, {height}x{width}", inputs
         for name, change in _extremes(inputs, vocabulary).items():
             yield name, {**inputs, **change}
+
+
+def free_axes(size: Size, downscale: int) -> dict[str, int]:
+    """The spec table's free axes."""
+    batch, tokens, height, width = size
+    return {
+        "batch": batch,
+        "tokens": tokens,
+        "latent_height": height,
+        "latent_width": width,
+        "height": height * downscale,
+        "width": width * downscale,
+    }
 
 
 def _draw(
@@ -77,13 +88,14 @@ def _extremes(inputs: Mapping[str, Array], vocabulary: int) -> dict[str, dict[st
     return found
 
 
-def step_inputs(manifest: Manifest) -> Iterator[tuple[str, dict[str, Array]]]:
+def step_inputs(manifest: Manifest, sizes: Sequence[Size] = SIZES) -> Iterator[tuple[str, dict[str, Array]]]:
     """Named inputs of a whole step: latents, timestep, text and image features."""
     tensors = {tensor.name: tensor for record in manifest.components.values() for tensor in record.spec.inputs}
     tensors |= {tensor.name: tensor for tensor in manifest.components["image_encoder"].spec.outputs}
     names = ("sample", "timestep", "encoder_hidden_states", "image_embeds")
-    for seed, (batch, tokens, height, width) in enumerate(_SIZES):
-        sizes = {"batch": batch, "tokens": tokens, "latent_height": height, "latent_width": width}
+    for seed, size in enumerate(sizes):
+        batch, _, height, width = size
+        axes = free_axes(size, manifest.vae.downscale)
         random = np.random.default_rng(seed)
-        inputs = {name: _draw(tensors[name], sizes, random, seed, 1) for name in names}
+        inputs = {name: _draw(tensors[name], axes, random, seed, 1) for name in names}
         yield f"batch {batch}, {height}x{width}, timestep {inputs['timestep']:g}", inputs

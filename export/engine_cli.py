@@ -35,7 +35,11 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 )
 @click.option("--batch", default="1:1:4", show_default=True, metavar="MIN:OPT:MAX", help="Pictures a call.")
 @click.option(
-    "--image-tokens", default="4:4:1028", show_default=True, metavar="MIN:OPT:MAX", help="Tokens of the image prompt."
+    "--image-tokens",
+    default="4:4:1028",
+    show_default=True,
+    metavar="MIN:OPT:MAX",
+    help="Tokens of the image prompt; none at all is always possible.",
 )
 @click.option(
     "--compute-capability",

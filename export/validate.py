@@ -17,9 +17,10 @@ from ipa.engines.engine import Array, Engine
 from ipa.engines.errors import EngineError, IpaError
 from ipa.engines.manifest import Manifest
 from ipa.engines.packed_kv import no_image_kv, scale_values
-from ipa.engines.spec import KVLayout
+from ipa.engines.spec import ComponentSpec, KVLayout
+from ipa.engines.tensorrt_library import MODULES
 from ipa.export.adapters import AdapterFile, AdapterWeights, BaseAdapter, read_adapter
-from ipa.export.cases import cases, step_inputs
+from ipa.export.cases import SIZES, Size, cases, free_axes, step_inputs
 from ipa.export.checks import TOLERANCES, Check, agreement, change, failure, median, picture, worst
 from ipa.export.dimensions import manifest_dimensions
 from ipa.export.graphs import component_modules
@@ -28,7 +29,7 @@ from ipa.export.pipeline import BasePipeline
 from ipa.export.progress import Progress, silent
 from ipa.export.publish import locked_bundle, update_manifest
 from ipa.export.versions import created_by
-from ipa.export.whole_run import WholeRuns
+from ipa.export.whole_run import LARGEST, WholeRuns
 
 REFERENCE_ENGINE = "onnxruntime"  # whose figures are kept in the bundle
 _SCALES = (1.0, 0.6, 1.3)
@@ -62,6 +63,20 @@ class Validator:
             for file in adapters
         }
         self._vocabulary = int(self.base.text_config["vocab_size"])
+        self._sizes, self._largest = self._usable_sizes()
+
+    def _usable_sizes(self) -> tuple[Sequence[Size], int | None]:
+        """Sizes to compare at, and the side of whole runs: engines that were built for some sizes take no others."""
+        if self.engine not in MODULES:
+            return SIZES, LARGEST
+        manifest = self.bundle.manifest
+        height, width = (size // manifest.vae.downscale for size in (manifest.defaults.height, manifest.defaults.width))
+        from ipa.engines.tensorrt_engine import TensorRtEngine  # needs NVIDIA's bindings
+
+        with TensorRtEngine(self.bundle.graph("unet"), self.engine) as unet:
+            fitting = [size for size in SIZES if unet.accepts(_shapes(unet.spec, size))]
+            side = LARGEST if unet.accepts(_shapes(unet.spec, (2, 1, LARGEST, LARGEST))) else None
+        return fitting or [(2, 4, height, width)], side
 
     def run(self, progress: Progress = silent) -> Iterator[Check]:
         """All checks: every component, then the whole step."""
@@ -85,7 +100,7 @@ class Validator:
     def _component(self, name: str, engine: Engine, module: nn.Module) -> Check:
         module.eval()
         checks, tolerance = [], self._tolerance(engine)
-        for case, inputs in cases(engine.spec, self.bundle.manifest.vae.downscale, self._vocabulary):
+        for case, inputs in cases(engine.spec, self.bundle.manifest.vae.downscale, self._vocabulary, self._sizes):
             with torch.no_grad():
                 result = module(*(_tensor(inputs[tensor.name]) for tensor in engine.spec.inputs))
             outputs = result if isinstance(result, tuple) else (result,)
@@ -106,7 +121,7 @@ class Validator:
                 base_model = DiffusersStep(self.base.load_unet(), None)
                 pairs = [
                     agreement("step, no adapter", case, {"": chain(inputs)}, {"": base_model(inputs, 0.0)}, tolerance)
-                    for case, inputs in step_inputs(self.bundle.manifest)
+                    for case, inputs in step_inputs(self.bundle.manifest, self._sizes)
                 ]
                 yield worst(pairs)
             except EngineError as error:
@@ -123,7 +138,7 @@ class Validator:
         tolerance = self._tolerance(chain.unet)
         model = DiffusersStep(self.base.load_unet(), weights)
         checks, zero_scale = [], []
-        for case, inputs in step_inputs(self.bundle.manifest):
+        for case, inputs in step_inputs(self.bundle.manifest, self._sizes):
             without = model(inputs, 0.0)
             zero_scale.append(
                 agreement(f"step, {name}, scale 0", case, {"": chain(inputs, adapter, 0.0)}, {"": without}, tolerance)
@@ -141,14 +156,14 @@ class Validator:
                 )
         yield (largest := worst(checks))
         yield worst(zero_scale)
-        _, inputs = next(step_inputs(self.bundle.manifest))
+        _, inputs = next(step_inputs(self.bundle.manifest, self._sizes))
         output = chain(inputs, adapter, 1.0)
         other = {**inputs, "image_embeds": -inputs["image_embeds"]}
         yield change(f"step, {name}, moves with image", output, chain(other, adapter, 1.0), largest.relative_error)
         yield change(f"step, {name}, moves with scale", output, chain(inputs, adapter, 0.0), largest.relative_error)
 
     def _runs(self) -> Iterator[Check]:
-        runs = WholeRuns(self.bundle.manifest, self.base)
+        runs = WholeRuns(self.bundle.manifest, self.base, self._largest)
         yield self._run(runs, "run, no adapter", None)
         for name, weights in self._adapters.items():
             yield self._run(runs, f"run, {name}", weights, f"ip_adapter/{name}")
@@ -190,6 +205,15 @@ class Chain:
             image_kv = scale_values(image_kv, self._layout, scale)
         step = self.unet(sample=inputs["sample"], timestep=inputs["timestep"], text_kv=text_kv, image_kv=image_kv)
         return step["noise_pred"]
+
+
+def _shapes(spec: ComponentSpec, size: Size) -> dict[str, tuple[int, ...]]:
+    """Shapes of the UNet's inputs."""
+    axes = free_axes(size, 1)
+    return {
+        tensor.name: tuple(axis if isinstance(axis, int) else axes[axis] for axis in tensor.axes)
+        for tensor in spec.inputs
+    }
 
 
 def record(root: Path, checks: Sequence[Check], source: Manifest) -> None:

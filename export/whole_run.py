@@ -21,7 +21,7 @@ from ipa.export.pipeline import BasePipeline
 STEPS = 20
 RUNS = 3  # from different noise: now and then a single one stands where the least rounding decides between two pictures
 DISTURBANCE = 1e-3
-_LARGEST = 32  # latents a side: a full-size model needs minutes for this on a CPU already
+LARGEST = 32  # latents a side: a full-size model needs minutes for this on a CPU already
 
 StepFunction = Callable[[Mapping[str, Array]], Array]
 
@@ -29,18 +29,20 @@ StepFunction = Callable[[Mapping[str, Array]], Array]
 class WholeRuns:
     """DDIM with guidance, one picture a run."""
 
-    def __init__(self, manifest: Manifest, base: BasePipeline) -> None:
+    def __init__(self, manifest: Manifest, base: BasePipeline, largest: int | None = LARGEST) -> None:
         """Draw noise and conditions.
 
         Args:
             manifest: of the bundle, for its sizes and defaults.
             base: the PyTorch models.
+            largest: side of the latents, `None` for the bundle's own size.
         """
         self._base = base
         self._defaults, self._scaling_factor = manifest.defaults, np.float32(manifest.vae.scaling_factor)
         self._dtype = manifest.components["unet"].dtype
         height, width = (
-            min(size // manifest.vae.downscale, _LARGEST) for size in (self._defaults.height, self._defaults.width)
+            min(size // manifest.vae.downscale, largest or size)
+            for size in (self._defaults.height, self._defaults.width)
         )
         self.case = (
             f"median of {RUNS}: {STEPS} steps of DDIM, {height}x{width}, guidance {self._defaults.guidance_scale:g}"

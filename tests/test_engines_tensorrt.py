@@ -27,7 +27,7 @@ from ipa.engines.plan_file import RECIPE, PlanKey
 from ipa.engines.shape_profile import ShapeProfile, as_text, covers
 
 HERE = Path(__file__).parent
-PROFILE = ShapeProfile.parse(["128x128", "64x64"], "1:1:2", "1:4:8")
+PROFILE = ShapeProfile.parse(["128x128", "64x64"], "1:1:2", "4:4:8")
 REQUEST = ("--prompt", "a cat", "--seed", "3", "--steps", "4", "--height", "64", "--width", "96", "--format", "json")
 Change = Callable[[PlanKey], PlanKey]
 
@@ -145,6 +145,25 @@ def test_ipa_run_takes_the_plans_by_itself(
     assert records[0]["engine_reason"].startswith("the fastest that runs here: NVIDIA GPUs")
     np.testing.assert_array_equal(images[0], images[1])
     np.testing.assert_array_equal(images[0], images[2])
+
+
+def test_validate_compares_the_sizes_that_were_built(
+    gpu: dict[str, str], cache: Path, tiny_bundle: Path, tiny_base: Path, tiny_adapter_file: Path
+) -> None:
+    store_plans(cache, tiny_bundle)
+    command = [sys.executable, "-c", "from ipa.export.cli import main; main()", "validate", "--engine", "tensorrt"]
+    command += ["--bundle", tiny_bundle, "--base", tiny_base, "--adapter", f"tiny={tiny_adapter_file}"]
+    environment = {**gpu, "IPA_CACHE": str(cache)}
+    done = subprocess.run([*map(os.fspath, command)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAIL" not in done.stdout
+    assert "ok   unet" in done.stdout
+
+
+def test_a_prompt_alone(gpu: dict[str, str], cache: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    store_plans(cache, tiny_bundle)
+    options = ("--bundle", tiny_bundle, "--engine", "tensorrt", "--output", tmp_path / "x.png")
+    assert run(gpu, cache, *options, *REQUEST).returncode == 0
 
 
 ENGINE = """

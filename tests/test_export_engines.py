@@ -74,7 +74,7 @@ def test_every_engine_has_the_tensors_of_the_spec_table(built: tuple[Path, Path]
     kv = manifest.kv_layout.size
     unet = headers["unet"].tensors
     assert unet["sample"] == "float16 1x4x16x8:2x4x16x16:4x4x24x16"
-    assert unet["image_kv"] == f"float16 1x4x{kv}:2x4x{kv}:4x16x{kv}"
+    assert unet["image_kv"] == f"float16 1x1x{kv}:2x4x{kv}:4x16x{kv}"
     assert unet["noise_pred"] == "float16 ?x4x?x?"
 
 

@@ -35,4 +35,4 @@ def test_the_full_set_exports_and_builds(tmp_path: Path) -> None:
     headers = {header.key.component: header for _, header in PlanCache(cache).headers()}
     assert set(headers) == {*Bundle.open(bundle, verify=False).manifest.components, "ip_adapter/ip-adapter"}
     assert headers["unet"].tensors["sample"] == "float16 1x4x32x32:2x4x64x64:8x4x96x96"
-    assert headers["unet"].tensors["image_kv"] == "float16 1x4x24960:2x4x24960:8x1028x24960"
+    assert headers["unet"].tensors["image_kv"] == "float16 1x1x24960:2x4x24960:8x1028x24960"

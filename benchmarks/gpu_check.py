@@ -1,0 +1,213 @@
+"""Every engine that this machine can run, checked against PyTorch and timed against PyTorch eager: `make gpu-check`.
+
+No network: the models are SD1.5's, at full size on a GPU and small elsewhere, with random weights from a seed. Engines
+for NVIDIA GPUs are built first, where their library is installed. Without a GPU the rest runs all the same.
+
+Timing: one step of the UNet with guidance and the image prompt, the contenders in turn, medians of the ratios within
+each round. A PyTorch step is timed with its inputs on the device and waited for; an engine's from numpy to numpy.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+
+from ipa.benchmarks.full_size import FULL, SMALL, Sizes, write_adapter, write_pipeline
+from ipa.benchmarks.step_speed import interleave, random_inputs, ratio
+from ipa.engines.bundle import Bundle
+from ipa.engines.cuda_driver import Driver, find_driver
+from ipa.engines.errors import IpaError
+from ipa.engines.machine import default_cache
+from ipa.engines.plan_cache import PlanCache
+from ipa.engines.registry import BACKENDS, Backend
+from ipa.engines.shape_profile import ShapeProfile
+from ipa.engines.tensorrt_library import MODULES
+from ipa.export.adapters import AdapterFile, read_adapter
+from ipa.export.build import ExportRequest, export_bundle
+from ipa.export.dimensions import manifest_dimensions
+from ipa.export.engine_builds import EngineBuilds
+from ipa.export.oracle import DiffusersStep
+from ipa.export.validate import Validator
+from ipa.runtime.doctor import as_text, examine
+
+ADAPTER = "ip-adapter"
+WARM_UP = 3  # calls before the rounds: kernels are chosen, graphs captured
+TOKENS = 4
+
+
+def say(text: str) -> None:
+    """A line of the report, at once."""
+    click.echo(text)
+
+
+def prepare(folder: Path, sizes: Sizes) -> Path:
+    """Models and the FP16 bundle, made once in `folder`; the bundle."""
+    base, adapter, bundle = folder / "base", folder / f"{ADAPTER}.safetensors", folder / "bundle"
+    if not adapter.exists():
+        write_pipeline(base, sizes=sizes)
+        write_adapter(adapter, sizes=sizes)
+    if not bundle.exists():
+        files = (AdapterFile(ADAPTER, adapter),)
+        export_bundle(ExportRequest(str(base), bundle, adapters=files, dtype="float16", force=True))
+    return bundle
+
+
+def build(bundle: Path, engine: str, size: int) -> str:
+    """Build what the cache has not; one line of what it took, or why it failed."""
+    profile = ShapeProfile.parse([f"{size}x{size}", "64x64"], "1:1:4", "1:4:16")
+    try:
+        builds = EngineBuilds(Bundle.open(bundle), PlanCache(default_cache()), engine, profile)
+        kept, jobs = builds.survey()
+        start = time.perf_counter()
+        builds.run(jobs)
+    except IpaError as error:
+        return f"FAILED: {error}"
+    return f"{len(jobs)} built in {time.perf_counter() - start:.0f} s, {len(kept)} kept"
+
+
+def obstacle(backend: Backend, bundle: Bundle) -> str:
+    """Why a back-end cannot run here; empty where it can."""
+    if not backend.is_installed:
+        return f"not installed: {backend.install()}"
+    return backend.obstacle([bundle.graph(name) for name in bundle.manifest.components])
+
+
+def check(folder: Path, engine: str) -> dict[str, Any]:
+    """Each component and whole runs against PyTorch in float32."""
+    adapters = [AdapterFile(ADAPTER, folder / f"{ADAPTER}.safetensors")]
+    try:
+        checks = list(Validator(folder / "bundle", str(folder / "base"), None, adapters, engine).run())
+    except IpaError as error:
+        return {"passed": False, "error": str(error), "checks": []}
+    for line in checks:
+        say(f"    {line}")
+    return {"passed": all(line.passed for line in checks), "checks": [asdict(line) for line in checks]}
+
+
+class Eager:
+    """A step of diffusers' UNet with its own IP-Adapter, on the GPU in FP16 or on the CPU in FP32."""
+
+    def __init__(self, folder: Path, bundle: Bundle, batch: int, side: int, is_compiled: bool) -> None:
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.float16 if self._device == "cuda" else torch.float32
+        unet = UNet2DConditionModel.from_pretrained(folder / "base", subfolder="unet").eval()
+        manifest = bundle.manifest
+        dimensions = manifest_dimensions(manifest)
+        DiffusersStep(unet, read_adapter(folder / f"{ADAPTER}.safetensors", manifest.kv_layout, dimensions))
+        unet = unet.to(self._device, dtype, memory_format=torch.channels_last)
+        self._unet: Any = torch.compile(unet) if is_compiled else unet
+        make = partial(torch.randn, device=self._device, dtype=dtype)
+        self._sample = make(batch, dimensions.unet_in_channels, side, side)
+        text = make(batch, dimensions.text_tokens, dimensions.text_width)
+        self._condition = (text, [make(batch, 1, TOKENS, dimensions.text_width)])
+        self.name = (
+            f"torch_{'compile' if is_compiled else 'eager'} ({self._device}, {str(dtype).removeprefix('torch.')})"
+        )
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        """One step, waited for."""
+        self._unet(self._sample, 500, self._condition, return_dict=False)
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+
+
+def speed(
+    folder: Path, bundle: Bundle, engines: list[str], batch: int, side: int, rounds: int, is_compiled: bool
+) -> dict[str, Any]:
+    """Seconds of a step by contender, and the ratio to PyTorch eager."""
+    contenders: dict[str, Callable[[], object]] = {}
+    free = {"batch": batch, "latent_height": side, "latent_width": side, "tokens": TOKENS}
+    with ExitStack() as stack:
+        eager = Eager(folder, bundle, batch, side, False)
+        contenders[eager.name] = eager
+        if is_compiled:
+            compiled = Eager(folder, bundle, batch, side, True)
+            contenders[compiled.name] = compiled
+        for name in engines:
+            engine = stack.enter_context(bundle.open_component("unet", name))
+            inputs = random_inputs(engine.spec, free, np.random.default_rng(0))
+            for kv in ("text_kv", "image_kv"):
+                inputs[kv].flags.writeable = False  # as in a run
+            contenders[name] = partial(engine, **inputs)
+        for contender in contenders.values():
+            for _ in range(WARM_UP):
+                contender()
+        seconds = interleave(contenders, rounds)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {name: ratio(seconds[eager.name], values) for name, values in seconds.items()}
+    say(f"\nUNet batch {batch}, {8 * side}x{8 * side}:\n| | step/s | ms | x eager |\n|---|---|---|---|")
+    for name, value in medians.items():
+        say(f"| {name} | {1 / value:.2f} | {1e3 * value:.2f} | {ratios[name]['median']:.2f} |")
+    return {"unet_batch": batch, "pixels": 8 * side, "seconds_median": medians, "speedup_over_torch_eager": ratios}
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    """Of what took part."""
+    for name in ("ipa-runtime", "torch", "diffusers"):
+        yield name, version(name)
+    for backend in BACKENDS:
+        if backend.is_installed:
+            name = backend.distribution or backend.modules[0]
+            yield name, version(name)
+
+
+@click.command()
+@click.option("--model", type=click.Choice(["sd15", "small"]), help="[default: sd15 with a GPU, else small]")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("out/gpu-check"), help="For models and bundle.")
+@click.option("--batch", "batches", multiple=True, default=[2, 8], help="UNet batch: 2 is one picture with guidance.")
+@click.option("--rounds", default=7, show_default=True, help="Counted rounds.")
+@click.option("--compile", "is_compiled", is_flag=True, help="Time torch.compile, too.")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("out"), help="Folder for the record.")
+def main(
+    model: str | None, folder: Path, batches: tuple[int, ...], rounds: int, is_compiled: bool, output: Path
+) -> None:
+    """Check and time every engine; the record goes to OUTPUT/gpu_check.json. Exit code 1: one differs from PyTorch."""
+    report, driver = examine(), find_driver()
+    say(as_text(report))
+    model = model or ("sd15" if isinstance(driver, Driver) else "small")
+    folder = folder / model
+    bundle = Bundle.open(prepare(folder, FULL if model == "sd15" else SMALL))
+    size = bundle.manifest.defaults.height
+    states: dict[str, Any] = {}
+    for backend in BACKENDS:
+        state: dict[str, Any] = {}
+        if backend.name in MODULES and backend.is_installed:
+            state["build"] = build(bundle.root, backend.name, size)
+        state["obstacle"] = obstacle(backend, bundle)
+        say(f"\n{backend.name}: {state.get('build', '')} {state['obstacle'] or 'runs'}")
+        if not state["obstacle"]:
+            state |= check(folder, backend.name)
+        states[backend.name] = state
+    ready = [name for name, state in states.items() if state.get("passed")]
+    times = [speed(folder, bundle, ready, batch, size // 8, rounds, is_compiled) for batch in batches]
+    record = {
+        "command": "make gpu-check",
+        "model": f"SD1.5 {'at full size' if model == 'sd15' else 'structure, small'}, FP16 bundle, random weights",
+        "machine": asdict(report) | {"engines": None},
+        "versions": dict(versions()),
+        "engines": states,
+        "speed": times,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "gpu_check.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+    failed = [name for name, state in states.items() if state.get("passed") is False]
+    if failed:
+        raise click.ClickException(f"differs from PyTorch, or failed: {', '.join(failed)}; see above")
+
+
+if __name__ == "__main__":
+    main()
