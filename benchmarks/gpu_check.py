@@ -40,6 +40,7 @@ from ipa.export.build import ExportRequest, export_bundle
 from ipa.export.dimensions import manifest_dimensions
 from ipa.export.engine_builds import EngineBuilds
 from ipa.export.oracle import DiffusersStep
+from ipa.export.quiet import quiet_libraries
 from ipa.export.validate import Validator
 from ipa.runtime.doctor import as_text, examine
 
@@ -176,6 +177,7 @@ def main(
     model: str | None, folder: Path, batches: tuple[int, ...], rounds: int, is_compiled: bool, output: Path
 ) -> None:
     """Check and time every engine; the record goes to OUTPUT/gpu_check.json. Exit code 1: one differs from PyTorch."""
+    quiet_libraries()
     report, driver = examine(), find_driver()
     say(as_text(report))
     model = model or ("sd15" if isinstance(driver, Driver) else "small")
