@@ -1,6 +1,7 @@
 # Every target makes the virtual environment that it needs: .venv holds the runtime alone, .venv-dev everything.
 PYTHON ?= python3
 OUT ?= out
+comma := ,
 PACKAGES := engines runtime export trainer benchmarks
 # Ranges live in pyproject.toml; these are the exact versions that were tested.
 INSTALL = install --quiet --no-compile --disable-pip-version-check -c constraints.txt
@@ -18,9 +19,11 @@ test: .venv-dev/installed
 test-slow: .venv-dev/installed
 	.venv-dev/bin/pytest -m slow
 
-# On a machine without network: the commands below, in an environment that has torch, diffusers and the engines.
-gpu-check: .venv-dev/installed
-	.venv-dev/bin/python -m ipa.benchmarks.gpu_check --output $(OUT)
+# GPU_EXTRAS: engines to install beside what the tests need, such as trt-cu13. Or GPU_PYTHON: an environment that has all
+# of it already; with onnxruntime-gpu it must be one of its own, as that overwrites onnxruntime.
+gpu-check: $(if $(GPU_PYTHON),,.venv-dev/installed)
+	$(if $(GPU_EXTRAS),.venv-dev/bin/pip $(INSTALL) -e '.[dev$(comma)$(GPU_EXTRAS)]')
+	$(or $(GPU_PYTHON),.venv-dev/bin/python) -m ipa.benchmarks.gpu_check --output $(OUT)
 
 check: .venv-dev/installed types
 	.venv-dev/bin/ruff format --check .

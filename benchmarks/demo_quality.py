@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ipa.engines.bundle import hash_file
+from ipa.engines.registry import backend_named
 from ipa.runtime import Pipeline
 from ipa.runtime.demo import demo_bundle
 from ipa.trainer.demo.evaluate import Pair, Scores, held_out_pairs, score
@@ -114,7 +115,8 @@ def main(
         "guidance_scale": guidance,
         "engine": pipe.engine,
         "unet_sha256": unet,
-        "versions": {name: version(name) for name in ("ipa-runtime", pipe.engine, "numpy", "torch")},
+        "versions": {name: version(name) for name in ("ipa-runtime", "numpy", "torch")}
+        | {pipe.engine: backend_named(pipe.engine).version},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "rates": {scale: asdict(rates) for scale, rates in scores.items()},
     }

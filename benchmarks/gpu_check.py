@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -29,14 +30,15 @@ from ipa.benchmarks.full_size import FULL, SMALL, Sizes, write_adapter, write_pi
 from ipa.benchmarks.step_speed import interleave, random_inputs, ratio
 from ipa.engines.bundle import Bundle
 from ipa.engines.cuda_driver import Driver, find_driver
-from ipa.engines.errors import IpaError
+from ipa.engines.engine import Engine
 from ipa.engines.machine import default_cache
 from ipa.engines.plan_cache import PlanCache
-from ipa.engines.registry import BACKENDS, Backend
+from ipa.engines.registry import BACKENDS, ENGINE_NAMES, Backend
 from ipa.engines.shape_profile import ShapeProfile
 from ipa.engines.tensorrt_library import MODULES
 from ipa.export.adapters import AdapterFile, read_adapter
 from ipa.export.build import ExportRequest, export_bundle
+from ipa.export.checks import Check
 from ipa.export.dimensions import manifest_dimensions
 from ipa.export.engine_builds import EngineBuilds
 from ipa.export.oracle import DiffusersStep
@@ -74,8 +76,8 @@ def build(bundle: Path, engine: str, size: int) -> str:
         kept, jobs = builds.survey()
         start = time.perf_counter()
         builds.run(jobs)
-    except IpaError as error:
-        return f"FAILED: {error}"
+    except Exception as error:  # whatever one engine does, the others are looked at
+        return f"FAILED: {error!r}"
     return f"{len(jobs)} built in {time.perf_counter() - start:.0f} s, {len(kept)} kept"
 
 
@@ -89,12 +91,14 @@ def obstacle(backend: Backend, bundle: Bundle) -> str:
 def check(folder: Path, engine: str) -> dict[str, Any]:
     """Each component and whole runs against PyTorch in float32."""
     adapters = [AdapterFile(ADAPTER, folder / f"{ADAPTER}.safetensors")]
+    checks: list[Check] = []
     try:
-        checks = list(Validator(folder / "bundle", str(folder / "base"), None, adapters, engine).run())
-    except IpaError as error:
-        return {"passed": False, "error": str(error), "checks": []}
-    for line in checks:
-        say(f"    {line}")
+        for line in Validator(folder / "bundle", str(folder / "base"), None, adapters, engine).run():
+            say(f"    {line}")
+            checks.append(line)
+    except Exception as error:  # as above
+        say(f"    FAILED: {error!r}")
+        return {"passed": False, "error": repr(error), "checks": [asdict(line) for line in checks]}
     return {"passed": all(line.passed for line in checks), "checks": [asdict(line) for line in checks]}
 
 
@@ -131,6 +135,7 @@ def speed(
 ) -> dict[str, Any]:
     """Seconds of a step by contender, and the ratio to PyTorch eager."""
     contenders: dict[str, Callable[[], object]] = {}
+    opened: dict[str, Engine] = {}
     free = {"batch": batch, "latent_height": side, "latent_width": side, "tokens": TOKENS}
     with ExitStack() as stack:
         eager = Eager(folder, bundle, batch, side, False)
@@ -144,37 +149,42 @@ def speed(
             for kv in ("text_kv", "image_kv"):
                 inputs[kv].flags.writeable = False  # as in a run
             contenders[name] = partial(engine, **inputs)
+            opened[name] = engine
         for contender in contenders.values():
             for _ in range(WARM_UP):
                 contender()
         seconds = interleave(contenders, rounds)
+        captured = {name: getattr(engine, "is_captured", False) for name, engine in opened.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {name: ratio(seconds[eager.name], values) for name, values in seconds.items()}
     say(f"\nUNet batch {batch}, {8 * side}x{8 * side}:\n| | step/s | ms | x eager |\n|---|---|---|---|")
     for name, value in medians.items():
         say(f"| {name} | {1 / value:.2f} | {1e3 * value:.2f} | {ratios[name]['median']:.2f} |")
-    return {"unet_batch": batch, "pixels": 8 * side, "seconds_median": medians, "speedup_over_torch_eager": ratios}
-
-
-def versions() -> Iterator[tuple[str, str]]:
-    """Of what took part."""
-    for name in ("ipa-runtime", "torch", "diffusers"):
-        yield name, version(name)
-    for backend in BACKENDS:
-        if backend.is_installed:
-            name = backend.distribution or backend.modules[0]
-            yield name, version(name)
+    return {
+        "unet_batch": batch,
+        "pixels": 8 * side,
+        "seconds_median": medians,
+        "speedup_over_torch_eager": ratios,
+        "is_cuda_graph": captured,
+    }
 
 
 @click.command()
 @click.option("--model", type=click.Choice(["sd15", "small"]), help="[default: sd15 with a GPU, else small]")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("out/gpu-check"), help="For models and bundle.")
+@click.option("--engine", "wanted", multiple=True, type=click.Choice(list(ENGINE_NAMES[1:])), help="[default: all]")
 @click.option("--batch", "batches", multiple=True, default=[2, 8], help="UNet batch: 2 is one picture with guidance.")
 @click.option("--rounds", default=7, show_default=True, help="Counted rounds.")
 @click.option("--compile", "is_compiled", is_flag=True, help="Time torch.compile, too.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("out"), help="Folder for the record.")
 def main(
-    model: str | None, folder: Path, batches: tuple[int, ...], rounds: int, is_compiled: bool, output: Path
+    model: str | None,
+    folder: Path,
+    wanted: tuple[str, ...],
+    batches: tuple[int, ...],
+    rounds: int,
+    is_compiled: bool,
+    output: Path,
 ) -> None:
     """Check and time every engine; the record goes to OUTPUT/gpu_check.json. Exit code 1: one differs from PyTorch."""
     quiet_libraries()
@@ -184,31 +194,46 @@ def main(
     folder = folder / model
     bundle = Bundle.open(prepare(folder, FULL if model == "sd15" else SMALL))
     size = bundle.manifest.defaults.height
-    states: dict[str, Any] = {}
+    record: dict[str, Any] = {
+        "command": "python -m ipa.benchmarks.gpu_check " + " ".join(sys.argv[1:]),
+        "model": f"SD1.5 {'at full size' if model == 'sd15' else 'structure, small'}, FP16 bundle, random weights",
+        "machine": {"system": report.system, "cores": report.cores, "driver": asdict(report.driver)},
+        "versions": {name: version(name) for name in ("ipa-runtime", "torch", "diffusers")},
+        "engines": {},
+        "speed": [],
+    }
+    states = record["engines"]
     for backend in BACKENDS:
-        state: dict[str, Any] = {}
+        if wanted and backend.name not in wanted:
+            continue
+        state = states[backend.name] = {}
+        if backend.is_installed:
+            state["version"] = backend.version
         if backend.name in MODULES and backend.is_installed:
             state["build"] = build(bundle.root, backend.name, size)
         state["obstacle"] = obstacle(backend, bundle)
         say(f"\n{backend.name}: {state.get('build', '')} {state['obstacle'] or 'runs'}")
         if not state["obstacle"]:
             state |= check(folder, backend.name)
-        states[backend.name] = state
+        write(record, output)
     ready = [name for name, state in states.items() if state.get("passed")]
-    times = [speed(folder, bundle, ready, batch, size // 8, rounds, is_compiled) for batch in batches]
-    record = {
-        "command": "make gpu-check",
-        "model": f"SD1.5 {'at full size' if model == 'sd15' else 'structure, small'}, FP16 bundle, random weights",
-        "machine": asdict(report) | {"engines": None},
-        "versions": dict(versions()),
-        "engines": states,
-        "speed": times,
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "gpu_check.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+    for batch in batches:
+        try:
+            record["speed"].append(speed(folder, bundle, ready, batch, size // 8, rounds, is_compiled))
+        except Exception as error:  # the next batch may fit
+            say(f"UNet batch {batch}: FAILED: {error!r}")
+            record["speed"].append({"unet_batch": batch, "error": repr(error)})
+        write(record, output)
     failed = [name for name, state in states.items() if state.get("passed") is False]
+    failed += [f"batch {times['unet_batch']}" for times in record["speed"] if "error" in times]
     if failed:
         raise click.ClickException(f"differs from PyTorch, or failed: {', '.join(failed)}; see above")
+
+
+def write(record: dict[str, Any], folder: Path) -> None:
+    """The record so far: whatever comes next, it is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

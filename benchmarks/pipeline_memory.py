@@ -24,6 +24,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from ipa.engines.bundle import Bundle
 from ipa.engines.registry import BACKENDS
 from ipa.runtime.demo import demo_bundle
 
@@ -81,6 +82,7 @@ def measure(command: list[str]) -> Usage:
 @click.option("--output", type=click.Path(path_type=Path), default=Path("out"), help="Folder for the record.")
 def main(base: str, adapter: str, bundle: str, steps: int, size: int, output: Path) -> None:
     """Measure, print a table; the record goes to OUTPUT/pipeline_memory.json."""
+    opened = Bundle.open(Path(bundle), verify=False)
     image = os.fspath(demo_bundle().with_name("reference.png"))
     with tempfile.TemporaryDirectory() as folder:
         picture = os.fspath(Path(folder) / "x.png")
@@ -89,7 +91,9 @@ def main(base: str, adapter: str, bundle: str, steps: int, size: int, output: Pa
         ours += ["--guidance-scale", str(GUIDANCE), "--scheduler", "ddim", "--output", picture]
         theirs = [base, adapter, image, str(steps), str(size), str(GUIDANCE), picture]
         commands = {"diffusers": [sys.executable, "-c", DIFFUSERS, *theirs]}
-        commands |= {engine.name: [*ours, "--engine", engine.name] for engine in BACKENDS if engine.is_installed}
+        graphs = [opened.graph(name) for name in opened.manifest.components]
+        engines = {engine.name: engine for engine in BACKENDS if engine.is_installed and not engine.obstacle(graphs)}
+        commands |= {name: [*ours, "--engine", name] for name in engines}
         usages = {name: measure(command) for name, command in tqdm(commands.items(), disable=None)}
     reference = usages["diffusers"].peak_mib
     click.echo("| | peak memory | of diffusers' |\n|---|---|---|")
@@ -100,7 +104,8 @@ def main(base: str, adapter: str, bundle: str, steps: int, size: int, output: Pa
         "steps": steps,
         "pixels": size,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("ipa-runtime", "torch", *usages)},
+        "versions": {name: version(name) for name in ("ipa-runtime", "torch", "diffusers")}
+        | {name: engine.version for name, engine in engines.items()},
         "usage": {name: asdict(usage) for name, usage in usages.items()},
         "of_diffusers": {name: usage.peak_mib / reference for name, usage in usages.items()},
     }

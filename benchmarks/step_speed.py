@@ -53,7 +53,7 @@ OPSET = 18
 TIMESTEP = 500.0
 MATRIX = 4096
 PLAIN_INPUTS = ("sample", "timestep", "encoder_hidden_states")
-ENGINES = [backend.name for backend in BACKENDS]
+ENGINES = {backend.name: backend for backend in BACKENDS if not backend.needs_gpu}  # the others: gpu_check
 
 
 class TextAttention:
@@ -165,7 +165,7 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str,
 @click.option(
     "--engine",
     "engines",
-    type=click.Choice(ENGINES),
+    type=click.Choice(list(ENGINES)),
     multiple=True,
     default=["onnxruntime"],
     show_default=True,
@@ -217,7 +217,8 @@ def main(
         "rounds": rounds,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("ipa-runtime", "torch", "diffusers", *engines)},
+        "versions": {name: version(name) for name in ("ipa-runtime", "torch", "diffusers")}
+        | {name: ENGINES[name].version for name in engines},
         "seconds_median": {name: statistics.median(values) for name, values in seconds.items()},
         "engines": {
             name: {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +19,7 @@ _MIB = 2**20
 class CudaDevice:
     """Device memory by address, and one stream that all copies and launches go to, in order.
 
-    The device's primary context is current in the thread that made this; use it from that thread.
+    Calls come from one thread at a time; `enter` makes the device that thread's.
     """
 
     def __init__(self) -> None:
@@ -29,13 +30,23 @@ class CudaDevice:
         """
         self._buffers: set[int] = set()
         self._graphs: list[Any] = []
+        self._stream: Any = None
         try:
             _done(driver.cuInit(0))
         except RuntimeError as error:  # the bindings found no driver library
             raise EngineError(f"CUDA: {error}; `ipa-doctor` says what is missing") from error
         self._device: Any = _value(driver.cuDeviceGet(_FIRST))
-        _done(driver.cuCtxSetCurrent(_value(driver.cuDevicePrimaryCtxRetain(self._device))))
-        self._stream: Any = _value(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        self._context: Any = _value(driver.cuDevicePrimaryCtxRetain(self._device))
+        try:
+            self.enter()
+            self._stream = _value(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        except EngineError:
+            driver.cuDevicePrimaryCtxRelease(self._device)
+            raise
+
+    def enter(self) -> None:
+        """Make the device the calling thread's."""
+        _done(driver.cuCtxSetCurrent(self._context))
 
     @property
     def stream(self) -> int:
@@ -64,7 +75,7 @@ class CudaDevice:
         _done(driver.cuMemFree(pointer))
 
     def upload(self, pointer: int, array: Array) -> None:
-        """Start copying a contiguous array to the device; the array is free to change afterwards."""
+        """Start copying a contiguous array to the device; keep it as it is until `synchronize`."""
         _done(driver.cuMemcpyHtoDAsync(pointer, array.ctypes.data, array.nbytes, self._stream))
 
     def download(self, array: Array, pointer: int) -> None:
@@ -87,9 +98,13 @@ class CudaDevice:
             work()
         finally:
             ended = driver.cuStreamEndCapture(self._stream)  # in any case, or the stream would stay in this mode
+            if sys.exc_info()[0] is not None and ended[0] == driver.CUresult.CUDA_SUCCESS:
+                driver.cuGraphDestroy(ended[1])
         graph = _value(ended)
-        executable = _value(driver.cuGraphInstantiate(graph, 0))
-        _done(driver.cuGraphDestroy(graph))
+        try:
+            executable = _value(driver.cuGraphInstantiate(graph, 0))
+        finally:
+            driver.cuGraphDestroy(graph)
         self._graphs.append(executable)
         return executable
 
@@ -103,16 +118,20 @@ class CudaDevice:
         _done(driver.cuGraphExecDestroy(graph))
 
     def close(self) -> None:
-        """Free everything that was made here; calling it twice is fine."""
+        """Free everything that was made here; calling it twice is fine.
+
+        Never raises: after a failure on the device every call fails, and the first message is the one that counts.
+        """
         if self._stream is None:
             return
-        for graph in tuple(self._graphs):
-            self.forget(graph)
-        for pointer in tuple(self._buffers):
-            self.free(pointer)
-        _done(driver.cuStreamDestroy(self._stream))
-        _done(driver.cuDevicePrimaryCtxRelease(self._device))
-        self._stream = None
+        driver.cuCtxSetCurrent(self._context)
+        for graph in self._graphs:
+            driver.cuGraphExecDestroy(graph)
+        for pointer in self._buffers:
+            driver.cuMemFree(pointer)
+        driver.cuStreamDestroy(self._stream)
+        driver.cuDevicePrimaryCtxRelease(self._device)
+        self._graphs, self._buffers, self._stream = [], set(), None
 
     def __enter__(self) -> Self:
         return self

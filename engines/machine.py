@@ -43,8 +43,12 @@ def default_cache() -> Path:
 
 def has_distribution(name: str) -> bool:
     """Whether a Python distribution is installed."""
+    return distribution_version(name) is not None
+
+
+def distribution_version(name: str) -> str | None:
+    """Version of a Python distribution, `None` where it is not installed."""
     try:
-        version(name)
+        return version(name)
     except PackageNotFoundError:
-        return False
-    return True
+        return None

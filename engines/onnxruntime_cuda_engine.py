@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,13 +23,66 @@ from ipa.engines.spec import Axis
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 _SEVERITY_FATAL = 4  # errors come as exceptions
 _FIRST = 0
+# An ONNX file: y = Identity(x), float32, one number.
+_PROBE = bytes.fromhex(
+    "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a020801620f0a0179120a0a08080112040a0208"
+    "0142040a001012"
+)
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """Device memory for one set of input shapes, and the CUDA graph that reads and writes it, by number.
+
+    Attributes:
+        inputs, outputs: by name; outputs whose shape the spec does not tell have none.
+        constants: the unchanging arrays that lie in `inputs`.
+    """
+
+    graph: int
+    inputs: dict[str, ort.OrtValue]
+    outputs: dict[str, ort.OrtValue]
+    constants: dict[str, Array]
+
+
+@cache
+def cuda_problem() -> str:
+    """Why onnxruntime cannot compute on a GPU here; empty where it can. Tried once, on a graph of one node."""
+    if _PROVIDERS["cuda"] not in ort.get_available_providers():
+        return "this onnxruntime was built without CUDA; two distributions of onnxruntime overwrite each other's files"
+    try:
+        _session(_PROBE, "cuda", False)
+    except Exception as error:
+        return first_line(error)
+    return ""
+
+
+def _session(model: str | bytes, device: str, captures: bool) -> ort.InferenceSession:
+    """A session that never falls back to another provider, and prints nothing to stdout."""
+    provider = _PROVIDERS[device]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = available_cores()
+    options.log_severity_level = _SEVERITY_FATAL
+    cuda = {
+        "device_id": str(_FIRST),
+        "enable_cuda_graph": "1" if captures else "0",
+        "use_tf32": "0",  # on by default: float32 would have 10 bits in place of 23
+    }
+    providers: list[Any] = [(provider, cuda) if device == "cuda" else provider]
+    with redirect_stdout(sys.stderr):
+        if device == "cuda":
+            ort.preload_dlls()  # CUDA libraries that pip has installed
+        session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    if session.get_providers()[0] != provider:
+        raise EngineError(f"onnxruntime has no working {provider}")
+    return session
 
 
 class OnnxRuntimeCudaEngine:
     """One graph in a session of onnxruntime's CUDA provider.
 
-    Inputs that are marked read-only are copied to the device once. Where the spec tells the shapes of all outputs (the
-    UNet), the buffers are made once for each set of shapes, and onnxruntime replays the step as a CUDA graph if it can.
+    Inputs that are marked read-only are copied to the device once. Where the spec tells the shapes of all outputs, the
+    buffers are made once for each set of shapes, and onnxruntime replays a call as a CUDA graph if it can.
     """
 
     def __init__(self, graph: GraphFile, device: str = "cuda") -> None:
@@ -35,45 +92,28 @@ class OnnxRuntimeCudaEngine:
             graph: the component.
             device: `cuda`; `cpu` takes the same way through onnxruntime without a GPU.
         Raises:
-            EngineError: onnxruntime cannot load the graph, or falls back to the CPU.
+            EngineError: onnxruntime cannot load the graph, or not on this device.
         """
         start = time.perf_counter()
-        self.component, self.spec, self._path = graph.component, graph.spec, os.fspath(graph.path)
+        self.component, self.spec = graph.component, graph.spec
+        self.precision = graph.spec.outputs[0].dtype
         self._device = device
         self._has_known_outputs = _outputs_are_known(graph)
-        self._is_captured = self._has_known_outputs and device == "cuda"
-        self.precision = graph.spec.outputs[0].dtype
-        if device == "cuda" and hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # CUDA libraries that pip has installed
-        self._session: ort.InferenceSession | None = self._open()
+        self.is_captured = self._has_known_outputs and device == "cuda"
+        self._session: ort.InferenceSession | None = self._open(os.fspath(graph.path))
         check_names(graph, [tensor.name for tensor in self._session.get_inputs()])
-        self._shapes: dict[str, Shape] = {}
-        self._inputs: dict[str, ort.OrtValue] = {}
-        self._outputs: dict[str, ort.OrtValue] = {}
-        self._constants: dict[str, Array] = {}
+        self._buffers: dict[tuple[Shape, ...], _Buffers] = {}
         self.load_seconds = time.perf_counter() - start
 
-    def _open(self) -> ort.InferenceSession:
+    def _open(self, path: str) -> ort.InferenceSession:
         """A session; without a CUDA graph where onnxruntime cannot make one of this graph."""
-        provider = _PROVIDERS[self._device]
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = available_cores()
-        options.log_severity_level = _SEVERITY_FATAL
-        cuda = {"device_id": str(_FIRST), "enable_cuda_graph": "1" if self._is_captured else "0"}
-        providers: list[Any] = [(provider, cuda) if self._device == "cuda" else provider]
         try:
-            session = ort.InferenceSession(self._path, options, providers=providers)
+            return _session(path, self._device, self.is_captured)
         except Exception as error:
-            if self._is_captured:
-                self._is_captured = False
-                return self._open()
-            raise EngineError(f"{self.component}: onnxruntime cannot load {self._path}: {first_line(error)}") from error
-        if session.get_providers()[0] != provider:
-            raise EngineError(
-                f"{self.component}: onnxruntime has no working {provider}; "
-                "`ipa-doctor` says what is missing, or use another --engine"
-            )
-        return session
+            if self.is_captured:
+                self.is_captured = False
+                return self._open(path)
+            raise EngineError(f"{self.component}: onnxruntime cannot load {path}: {first_line(error)}") from error
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         """Outputs by name; see `Engine`."""
@@ -88,54 +128,54 @@ class OnnxRuntimeCudaEngine:
         return outputs
 
     def _run(self, session: ort.InferenceSession, inputs: dict[str, Array]) -> dict[str, Array]:
-        shapes = {name: array.shape for name, array in inputs.items()}
-        if shapes != self._shapes:
-            if self._shapes and self._is_captured:  # a session replays the graph of its first shapes
-                start = time.perf_counter()
-                session = self._session = self._open()
-                self.load_seconds += time.perf_counter() - start
-            self._prepare(inputs)
-            self._shapes = shapes
+        shapes = tuple(inputs[tensor.name].shape for tensor in self.spec.inputs)
+        if shapes not in self._buffers:
+            self._buffers[shapes] = self._allocate(inputs)
+        buffers = self._buffers[shapes]
         binding = session.io_binding()
         for name, array in inputs.items():
-            if self._constants.get(name) is not array:
-                self._inputs[name].update_inplace(np.asarray(array, order="C"))
-                self._constants.pop(name, None)
+            if buffers.constants.get(name) is not array:
+                buffers.constants.pop(name, None)
+                buffers.inputs[name].update_inplace(np.asarray(array, order="C"))
                 if not array.flags.writeable:
-                    self._constants[name] = array
-            binding.bind_ortvalue_input(name, self._inputs[name])
+                    buffers.constants[name] = array
+            binding.bind_ortvalue_input(name, buffers.inputs[name])
         for tensor in self.spec.outputs:
-            if tensor.name in self._outputs:
-                binding.bind_ortvalue_output(tensor.name, self._outputs[tensor.name])
+            if tensor.name in buffers.outputs:
+                binding.bind_ortvalue_output(tensor.name, buffers.outputs[tensor.name])
             else:
                 binding.bind_output(tensor.name, self._device, _FIRST)
+        options = ort.RunOptions()
+        if self.is_captured:
+            options.add_run_config_entry("gpu_graph_id", str(buffers.graph))
         binding.synchronize_inputs()
-        session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding, options)
         binding.synchronize_outputs()
-        arrays = binding.copy_outputs_to_cpu()
-        # Buffers of ours are written again by the next call.
-        return {tensor.name: np.array(array) for tensor, array in zip(self.spec.outputs, arrays, strict=True)}
+        # On the host the arrays share memory with buffers that the next call writes.
+        return {
+            tensor.name: np.array(array)
+            for tensor, array in zip(self.spec.outputs, binding.copy_outputs_to_cpu(), strict=True)
+        }
 
-    def _prepare(self, inputs: dict[str, Array]) -> None:
+    def _allocate(self, inputs: dict[str, Array]) -> _Buffers:
         """Device memory for inputs and outputs of these shapes."""
-        self._constants = {}
-        self._inputs = {name: self._allocate(array.shape, array.dtype) for name, array in inputs.items()}
-        self._outputs = {}
+        outputs = {}
         if self._has_known_outputs:
             sizes: dict[Axis, int] = {}
             for tensor in self.spec.inputs:
                 sizes |= zip(tensor.axes, inputs[tensor.name].shape, strict=True)
             for tensor in self.spec.outputs:
                 shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in tensor.axes)
-                self._outputs[tensor.name] = self._allocate(shape, np.dtype(tensor.dtype))
+                outputs[tensor.name] = self._tensor(shape, np.dtype(tensor.dtype))
+        tensors = {name: self._tensor(array.shape, array.dtype) for name, array in inputs.items()}
+        return _Buffers(len(self._buffers) + 1, tensors, outputs, {})
 
-    def _allocate(self, shape: Shape, dtype: np.dtype[Any]) -> ort.OrtValue:
+    def _tensor(self, shape: Shape, dtype: np.dtype[Any]) -> ort.OrtValue:
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self._device, _FIRST)
 
     def close(self) -> None:
         """Free the session and the buffers."""
-        self._session = None
-        self._inputs, self._outputs, self._constants, self._shapes = {}, {}, {}, {}
+        self._session, self._buffers = None, {}
 
     def __enter__(self) -> Self:
         return self

@@ -53,10 +53,10 @@ def usable_plans(graph: GraphFile, engine: str, version: str, gpu: Gpu) -> list[
                 found.append((path.stat().st_mtime_ns, StoredPlan(header, load)))
     if not found:
         nearest: list[str] = min(refused, key=len) if refused else ["none has been built"]
-        where = f"in {graph.plans}" if graph.plans else "in the cache"
+        where, option = (f"in {graph.plans}", f" --cache {graph.plans}") if graph.plans else ("in the cache", "")
         raise EngineError(
             f"{graph.component}: no engine for {engine} {where}: {'; '.join(nearest)}; "
-            f"run `ipa-export build-engines --bundle {graph.bundle} --engine {engine}`"
+            f"run `ipa-export build-engines --bundle {graph.bundle} --engine {engine}{option}`"
         )
     return [plan for _, plan in sorted(found, key=lambda pair: pair[0], reverse=True)]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAGIC = b"IPAPLAN1"
-RECIPE = "1"  # of the graph that is handed to the builder, and how: another number builds every engine again
+RECIPE = "2"  # of the graph that is handed to the builder, and how: another number builds every engine again
 _LENGTHS = struct.Struct("<I32s")  # of the header in bytes, and the HMAC
 _MAX_HEADER = 2**20
 _BLOCK = 2**24

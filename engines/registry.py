@@ -11,10 +11,12 @@ from ipa.engines import tensorrt_library
 from ipa.engines.cuda_driver import NoDriver, find_driver
 from ipa.engines.engine import Engine, GraphFile
 from ipa.engines.errors import EngineError, first_line
-from ipa.engines.machine import has_distribution
+from ipa.engines.machine import distribution_version, has_distribution
 
 Opener = Callable[[GraphFile], Engine]
 Obstacle = Callable[[Sequence[GraphFile]], str]
+# Distributions of onnxruntime, which all bring the same module.
+ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Backend:
         summary: what it is, for people.
         install: the command that installs it here.
         open: opens a component's graph.
+        needs_gpu: whether it is of no use without an NVIDIA GPU.
         obstacle: why it cannot run these graphs although it is installed; empty where it can.
+        doubt: why `auto` leaves it alone although nothing is in its way; empty where it does not.
         distribution: that must be installed, where the modules do not tell.
     """
 
@@ -36,7 +40,9 @@ class Backend:
     summary: str
     install: Callable[[], str]
     open: Opener
+    needs_gpu: bool = False
     obstacle: Obstacle = lambda graphs: ""
+    doubt: Callable[[], str] = lambda: ""
     distribution: str = ""
 
     @property
@@ -45,12 +51,13 @@ class Backend:
         return all(map(_is_there, self.modules)) and (not self.distribution or has_distribution(self.distribution))
 
     @property
-    def needs_gpu(self) -> bool:
-        """Whether it is of no use without an NVIDIA GPU."""
-        return self.name in _GPU_NAMES
-
-
-_GPU_NAMES = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
+    def version(self) -> str:
+        """Of the library that computes; `unknown` where no distribution says."""
+        if self.name in tensorrt_library.MODULES:
+            return tensorrt_library.library_version(self.name)
+        rivals = ONNXRUNTIMES if self.modules[0] == "onnxruntime" else ()
+        found = map(distribution_version, (self.distribution or self.modules[0], *rivals))
+        return next(filter(None, found), "unknown")
 
 
 def _is_there(module: str) -> bool:
@@ -88,10 +95,18 @@ def _tensorrt(name: str, summary: str) -> Backend:
 
         return TensorRtEngine(graph, name)
 
+    def doubt() -> str:
+        driver = find_driver()
+        if isinstance(driver, NoDriver) or tensorrt_library.supports(name, driver.gpus[0].capability):
+            return ""
+        return f"it does not list compute capability {driver.gpus[0].capability}"
+
     def obstacle(graphs: Sequence[GraphFile]) -> str:
         driver = find_driver()
         if isinstance(driver, NoDriver):
             return driver.reason
+        if not graphs:
+            return "its engines are built for each bundle: `ipa-export build-engines`"
         try:
             from ipa.engines.plan_choice import usable_plans
 
@@ -108,13 +123,21 @@ def _tensorrt(name: str, summary: str) -> Backend:
         summary,
         lambda: tensorrt_library.install_command(name),
         open_plan,
-        obstacle,
+        needs_gpu=True,
+        obstacle=obstacle,
+        doubt=doubt,
     )
 
 
-def _no_driver(graphs: Sequence[GraphFile]) -> str:
+def _cuda_obstacle(graphs: Sequence[GraphFile]) -> str:
     driver = find_driver()
-    return driver.reason if isinstance(driver, NoDriver) else ""
+    if isinstance(driver, NoDriver):
+        return driver.reason
+    try:
+        from ipa.engines.onnxruntime_cuda_engine import cuda_problem
+    except ImportError as error:
+        return first_line(error)
+    return cuda_problem()
 
 
 BACKENDS = (  # the fastest first: `auto` takes the first that can run
@@ -126,7 +149,8 @@ BACKENDS = (  # the fastest first: `auto` takes the first that can run
         "NVIDIA GPUs, nothing to build",
         _extra("cuda"),
         _open_onnxruntime_cuda,
-        _no_driver,
+        needs_gpu=True,
+        obstacle=_cuda_obstacle,
         distribution="onnxruntime-gpu",
     ),
     Backend("openvino", ("openvino",), "any CPU, bfloat16 where it has it", _extra("openvino"), _open_openvino),
@@ -164,7 +188,7 @@ def resolve_engine(name: str, graphs: Sequence[GraphFile] = ()) -> Choice:
         raise EngineError(f"unknown engine '{name}', expected one of {', '.join(ENGINE_NAMES)}")
     if name == "auto":
         return _automatic(graphs)
-    backend = _backend(name)
+    backend = backend_named(name)
     if not backend.is_installed:
         raise EngineError(f"the engine '{name}' is not installed: run `{backend.install()}`")
     if reason := backend.obstacle(graphs):
@@ -174,20 +198,24 @@ def resolve_engine(name: str, graphs: Sequence[GraphFile] = ()) -> Choice:
 
 def _automatic(graphs: Sequence[GraphFile]) -> Choice:
     """The first that can run; of the faster ones, the reason says what would help."""
-    hints = []
+    reasons, installs = list[str](), list[str]()
+    has_gpu = not isinstance(find_driver(), NoDriver)
     for backend in BACKENDS:
+        if backend.needs_gpu and not has_gpu:
+            continue
         if not backend.is_installed:
-            if not backend.needs_gpu:
-                hints.append(f"faster: `{backend.install()}`")
-        elif reason := backend.obstacle(graphs):
-            if not _no_driver(graphs):  # with a GPU there is something to do about it
-                hints.append(f"not {backend.name}: {reason}")
+            installs.append(f"faster: `{backend.install()}`")
+        elif reason := backend.doubt() or backend.obstacle(graphs):
+            reasons.append(f"not {backend.name}: {reason}")
         else:
-            return Choice(backend.name, "; ".join([f"the fastest that runs here: {backend.summary}", *hints[:1]]))
+            return Choice(
+                backend.name, "; ".join([f"the fastest that runs here: {backend.summary}", *[*reasons, *installs][:1]])
+            )
     raise EngineError(f"no engine is installed: run `{BACKENDS[-1].install()}`")
 
 
-def _backend(name: str) -> Backend:
+def backend_named(name: str) -> Backend:
+    """One of `BACKENDS`."""
     return next(backend for backend in BACKENDS if backend.name == name)
 
 
@@ -197,7 +225,7 @@ def open_engine(name: str, graph: GraphFile) -> Engine:
     Raises:
         EngineError: the back-end is unknown or not installed, or it cannot load the graph.
     """
-    backend = _backend(resolve_engine(name, [graph]).name)
+    backend = backend_named(resolve_engine(name, [graph]).name)
     for module in backend.modules:
         try:
             import_module(module)

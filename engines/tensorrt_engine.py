@@ -13,11 +13,11 @@ import numpy as np
 from ipa.engines.cuda_device import CudaDevice
 from ipa.engines.cuda_driver import NoDriver, find_driver
 from ipa.engines.engine import Array, GraphFile, check_finite, check_inputs
-from ipa.engines.errors import EngineError
+from ipa.engines.errors import EngineError, first_line
 from ipa.engines.plan_choice import StoredPlan, usable_plans
-from ipa.engines.plan_file import PlanError
+from ipa.engines.plan_file import PlanError, PlanHeader
 from ipa.engines.shape_profile import Shape, covers
-from ipa.engines.tensorrt_library import library_version, load_library
+from ipa.engines.tensorrt_library import library_version, load_library, logger
 
 _RUNS_BEFORE_CAPTURE = 1  # libraries may set themselves up in the first run, which a graph must not hold
 
@@ -35,7 +35,7 @@ class TensorRtEngine:
     """One component's plan in an execution context.
 
     Inputs that are marked read-only are copied to the device once. From the second call with the same shapes on, the
-    whole execution is one CUDA graph.
+    whole execution is one CUDA graph; TensorRT-RTX captures it by itself.
     """
 
     def __init__(self, graph: GraphFile, engine: str, make_device: Callable[[], CudaDevice] = CudaDevice) -> None:
@@ -56,9 +56,7 @@ class TensorRtEngine:
         if isinstance(driver, NoDriver):
             raise EngineError(f"the engine '{engine}' cannot run here: {driver.reason}")
         self._plans = usable_plans(graph, engine, library_version(engine), driver.gpus[0])
-        self._messages: list[str] = []
-        self._logger = _logger(self._library, self._messages)
-        self._runtime = self._library.Runtime(self._logger)
+        self._log = logger(engine)
         self._device: CudaDevice | None = make_device()
         self._buffers: dict[str, _Buffer] = {}
         self._native: Any = None  # the library's engine
@@ -66,6 +64,7 @@ class TensorRtEngine:
         self._graph: Any = None
         self._shapes: dict[str, Shape] = {}
         try:
+            self._runtime = self._told("cannot start", lambda: self._library.Runtime(self._log))
             self._load(self._plans[0])
         except BaseException:
             self.close()
@@ -76,38 +75,53 @@ class TensorRtEngine:
         """Take a plan into use, in place of the one before."""
         self._forget_graph()
         self._shapes = {}
-        self._context = self._native = None
+        self._context = self._native = None  # the memory of the plan before, first
+        self._header: PlanHeader | None = None
         try:
             content = plan.load()
         except (PlanError, OSError) as error:
             raise EngineError(f"{self.component}: the plan is refused: {error}; {self._build_hint()}") from error
-        self._native = self._runtime.deserialize_cuda_engine(content)
-        if self._native is None:
-            raise self._failed("does not accept the plan")
-        self._context = self._native.create_execution_context()
-        if self._context is None:
-            raise self._failed("cannot make an execution context, most likely for want of GPU memory")
+        self._native = self._told("does not accept the plan", lambda: self._runtime.deserialize_cuda_engine(content))
+        self._context = self._told("cannot make an execution context; GPU memory may be full", self._new_context)
         self._header = plan.header
         self.precision = plan.header.key.precision
+
+    def _new_context(self) -> Any:
+        """TensorRT-RTX makes CUDA graphs by itself, and knows when its kernels are the final ones."""
+        if not self._captures_itself:
+            return self._native.create_execution_context()
+        config = self._native.create_runtime_config()
+        config.cuda_graph_strategy = self._library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return self._native.create_execution_context(config)
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether the last call was one CUDA graph."""
+        return self._graph is not None or self._captures_itself
+
+    @property
+    def _captures_itself(self) -> bool:
+        return hasattr(self._library, "CudaGraphStrategy")
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         """Outputs by name; see `Engine`."""
         device = self._device
         if device is None:
             raise EngineError(f"{self.component}: the engine is closed")
+        device.enter()  # whichever thread this is
         check_inputs(self.component, self.spec, inputs)
         shapes = {name: array.shape for name, array in inputs.items()}
         if shapes != self._shapes:
             start = time.perf_counter()
             self._prepare(device, shapes)
             self.load_seconds += time.perf_counter() - start
-        for name, array in inputs.items():
-            self._upload(device, self._buffers[name], array)
+        copied = [self._upload(device, self._buffers[name], array) for name, array in inputs.items()]
         self._execute(device)
         outputs = {tensor.name: np.empty(self._output_shape(tensor.name), tensor.dtype) for tensor in self.spec.outputs}
         for name, array in outputs.items():
             device.download(array, self._buffers[name].pointer)
         device.synchronize()
+        del copied  # until here the device may read from them
         check_finite(self.component, outputs)
         return outputs
 
@@ -115,7 +129,7 @@ class TensorRtEngine:
         """Buffers and addresses for these input shapes, with another plan if this one's profile is too narrow."""
         self._forget_graph()
         self._shapes = {}  # until everything below has succeeded
-        if not covers(self._header.key.profile, shapes):
+        if self._header is None or not covers(self._header.key.profile, shapes):
             self._load(self._plan_for(shapes))
         for tensor in self.spec.inputs:
             if any(isinstance(axis, str) for axis in tensor.axes) and not self._context.set_input_shape(
@@ -123,8 +137,9 @@ class TensorRtEngine:
             ):
                 raise self._failed(f"refuses the shape {shapes[tensor.name]} of {tensor.name}")
             self._bind(device, tensor.name, shapes[tensor.name], tensor.dtype)
-        if missing := self._context.infer_shapes():
-            raise self._failed(f"cannot tell the shapes of {missing}")
+        missing = self._told("cannot tell the shapes", lambda: (self._context.infer_shapes(),))
+        if missing != ([],):
+            raise self._failed(f"cannot tell the shapes of {missing[0]}")
         for tensor in self.spec.outputs:
             self._bind(device, tensor.name, self._output_shape(tensor.name), tensor.dtype)
         self._runs = 0
@@ -140,8 +155,9 @@ class TensorRtEngine:
                 return plan
         wanted = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items() if shape)
         raise EngineError(
-            f"{self.component}: no engine was built for {wanted}; built for {self._header.key.profile}. "
-            f"{self._build_hint()} with other --resolution, --batch or --image-tokens"
+            f"{self.component}: no engine was built for {wanted}; "
+            f"the newest is for {self._plans[0].header.key.profile}. "
+            f"{self._build_hint()} with other --resolution, --batch or --image-tokens, or name another --engine"
         )
 
     def _bind(self, device: CudaDevice, name: str, shape: Shape, dtype: str) -> None:
@@ -158,14 +174,17 @@ class TensorRtEngine:
     def _output_shape(self, name: str) -> Shape:
         return tuple(self._context.get_tensor_shape(name))
 
-    def _upload(self, device: CudaDevice, buffer: _Buffer, array: Array) -> None:
+    def _upload(self, device: CudaDevice, buffer: _Buffer, array: Array) -> Array | None:
+        """Start a copy where one is needed; what must be kept until it is done."""
         if buffer.constant is array:
-            return
+            return None
         buffer.constant = None if array.flags.writeable else array
-        device.upload(buffer.pointer, np.asarray(array, order="C"))
+        contiguous = np.asarray(array, order="C")
+        device.upload(buffer.pointer, contiguous)
+        return contiguous
 
     def _execute(self, device: CudaDevice) -> None:
-        if self._graph is None and self._runs == _RUNS_BEFORE_CAPTURE:
+        if not self._captures_itself and self._graph is None and self._runs == _RUNS_BEFORE_CAPTURE:
             try:
                 self._graph = device.capture(self._enqueue)
             except EngineError:  # not everything can be captured; it runs all the same
@@ -178,6 +197,7 @@ class TensorRtEngine:
 
     def _enqueue(self) -> None:
         assert self._device is not None
+        self._log.errors.clear()
         if not self._context.execute_async_v3(self._device.stream):
             raise self._failed("failed")
 
@@ -189,15 +209,30 @@ class TensorRtEngine:
     def _build_hint(self) -> str:
         return f"Run `ipa-export build-engines --bundle {self._bundle} --engine {self._engine}`"
 
-    def _failed(self, what: str) -> EngineError:
-        """An error with what the library has said last."""
-        said = f": {self._messages[-1]}" if self._messages else ""
+    def _told(self, what: str, work: Callable[[], Any]) -> Any:
+        """Something that the library makes.
+
+        Raises:
+            EngineError: it made nothing, or raised.
+        """
+        self._log.errors.clear()
+        try:
+            made = work()
+        except (RuntimeError, TypeError, MemoryError) as error:
+            raise self._failed(what, first_line(error)) from error
+        if made is None:
+            raise self._failed(what)
+        return made
+
+    def _failed(self, what: str, reason: str = "") -> EngineError:
+        """An error with what the library said first: what follows is about cleaning up."""
+        said = next(iter(self._log.errors), reason)
+        said = f": {said}" if said else ""
         return EngineError(f"{self.component}: {self._engine} {self._library.__version__} {what}{said}")
 
     def close(self) -> None:
         """Free plan and device memory; calling it twice is fine."""
         if self._device is not None:
-            self._forget_graph()
             self._context = self._native = None  # before the memory that they point to
             self._device.close()
         self._device = None
@@ -209,17 +244,3 @@ class TensorRtEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _logger(trt: Any, messages: list[str]) -> Any:
-    """Keeps what the library reports as an error, for our own messages."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                messages.append(message)
-
-    return Logger()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -42,6 +44,12 @@ def library_version(engine: str) -> str:
     return " ".join([str(library.__version__), *majors[:1]])
 
 
+def supports(engine: str, capability: str) -> bool:
+    """Whether a library says that it knows a compute capability; TensorRT-RTX lists those that it builds for."""
+    known = [name for name in dir(getattr(load_library(engine), "ComputeCapability", None)) if name.startswith("SM")]
+    return engine != "tensorrt-rtx" or not known or f"SM{capability.replace('.', '')}" in known
+
+
 def load_library(engine: str) -> Any:
     """Import the module of a back-end.
 
@@ -62,3 +70,25 @@ def load_library(engine: str) -> Any:
         oldest = ".".join(map(str, _OLDEST[engine]))
         raise EngineError(f"{engine} {library.__version__} is too old, {oldest} is needed: run `{install}`")
     return library
+
+
+@cache
+def logger(engine: str) -> Any:
+    """The library's only logger: it keeps the first that it gets, whoever brings another. `errors` lists what it was
+    told since that was cleared; with `prints` it goes to stderr, too.
+    """
+    trt: Any = load_library(engine)
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.prints = False
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.errors.append(message)
+                if self.prints:
+                    print(message, file=sys.stderr, flush=True)
+
+    return Logger()

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import onnx
 
-from ipa.engines.tensorrt_library import load_library
+from ipa.engines.tensorrt_library import load_library, logger
 from ipa.export.attention_function import expanded
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -68,12 +68,14 @@ def build(task: BuildTask, report: TextIO) -> None:
     """Parse, build, write the plan, tell what came out."""
     start = time.perf_counter()
     trt = load_library(task.engine)
-    logger = _logger(trt)
-    builder = trt.Builder(logger)
+    log = logger(task.engine)
+    log.prints = True  # for the parent, which collects it
+    builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse(trt, network, logger, Path(task.graph))
+    _parse(trt, network, log, Path(task.graph))
     config = builder.create_builder_config()
     config.progress_monitor = _monitor(trt, report)
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: float32 would have 10 bits in place of 23
     for index, capability in enumerate(task.capabilities):
         config.num_compute_capabilities = len(task.capabilities)
         config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), index)
@@ -118,20 +120,6 @@ def _tensors(network: Any, profile: Any, task: BuildTask) -> dict[str, dict[str,
         }
         for tensor in tensors
     }
-
-
-def _logger(trt: Any) -> Any:
-    """Warnings and errors to stderr, where the parent collects them."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                print(message, file=sys.stderr, flush=True)
-
-    return Logger()
 
 
 def _monitor(trt: Any, report: TextIO) -> Any:

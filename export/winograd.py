@@ -121,7 +121,7 @@ def _convolutions(model: ModelProto, sizes: Mapping[str, int]) -> dict[str, Conv
     for node in model.graph.node:
         if _is_plain_3x3(node, weights):
             channels_out, channels_in, _, _ = weights[node.input[1]]
-            height, width = shapes[node.input[0]][2:]
+            _, _, height, width = shapes.get(node.input[0]) or (0, 0, 0, 0)  # 0: inference did not get that far
             found[node.output[0]] = Convolution(channels_in, channels_out, height * width)
     return found
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -17,12 +17,10 @@ import click
 from ipa.engines.cuda_driver import Driver, NoDriver, find_driver
 from ipa.engines.errors import EngineError, first_line
 from ipa.engines.machine import available_cores, available_memory, default_cache, has_distribution
-from ipa.engines.registry import BACKENDS, Backend, resolve_engine
+from ipa.engines.registry import BACKENDS, ONNXRUNTIMES, Backend, resolve_engine
 from ipa.engines.tensorrt_library import MODULES, install_command, load_library
 
 _GIB = 2**30
-# Distributions that bring the same module: with two of them, the one installed last wins, in parts.
-_RIVALS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 
 
 @dataclass(frozen=True)
@@ -113,23 +111,17 @@ def _state(backend: Backend, driver: Driver | NoDriver) -> EngineState:
             load_library(backend.name)  # refuses one that is too old
     except Exception as error:  # a broken installation may raise anything
         return EngineState(backend.name, "broken", first_line(error), backend.install())
-    detail = f"{_version(backend)}; {backend.summary}"
+    detail = f"{backend.version}; {backend.summary}"
     if not backend.needs_gpu:
         return EngineState(backend.name, "ready", detail)
     if isinstance(driver, NoDriver):
         is_builder = backend.name == "tensorrt-rtx"
         return EngineState(backend.name, "builds" if is_builder else "broken", f"{detail}; {driver.reason}")
-    return EngineState(backend.name, "ready", detail)
-
-
-def _version(backend: Backend) -> str:
-    module = backend.modules[0]
-    for name in (backend.distribution or module, *(rival for rival in _RIVALS if module == "onnxruntime")):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "unknown version"
+    if backend.name in MODULES:
+        reason = backend.doubt()
+        return EngineState(backend.name, "builds" if reason else "ready", f"{detail}; {reason}" if reason else detail)
+    reason = backend.obstacle(())
+    return EngineState(backend.name, "broken" if reason else "ready", f"{detail}; {reason}" if reason else detail)
 
 
 def _has_bfloat16() -> bool | None:
@@ -156,7 +148,7 @@ def _plans(folder: Path) -> Plans:
 
 def _advice(engines: tuple[EngineState, ...], has_gpu: bool, plan_count: int) -> Iterator[str]:
     """What to do, most useful first."""
-    rivals = [name for name in _RIVALS if has_distribution(name)]
+    rivals = [name for name in ONNXRUNTIMES if has_distribution(name)]
     if len(rivals) > 1:
         names = " ".join(rivals)
         yield f"these overwrite each other's files: {names}; `pip uninstall {names}`, then install one of them"

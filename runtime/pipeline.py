@@ -17,8 +17,9 @@ from PIL import Image
 
 from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Engine
-from ipa.engines.errors import BundleError
+from ipa.engines.errors import BundleError, RequestError
 from ipa.engines.packed_kv import no_image_kv, scale_values
+from ipa.engines.tensorrt_library import MODULES
 from ipa.runtime.conditioning import guidance_batch
 from ipa.runtime.denoise import Step, denoise
 from ipa.runtime.images import open_image, preprocess, to_images
@@ -64,6 +65,11 @@ class Pipeline:
         self.manifest = bundle.manifest
         self.choice = bundle.resolve_engine(engine)
         self.engine = self.choice.name
+        self._asked = engine
+        if bundle.plans is not None and self.engine not in MODULES:
+            raise RequestError(
+                f"--trust-engines {bundle.plans} is for --engine {' or '.join(MODULES)}, this is {self.choice}"
+            )
         self._engines: dict[str, Engine] = {}
         self._closed_load_seconds = 0.0
         self._tokenizer = Tokenizer.open(bundle.file(self.manifest.tokenizer), self.manifest.text_tokens)
@@ -91,6 +97,8 @@ class Pipeline:
                 only a folder that you would run programs from.
         Raises:
             BundleError: the bundle is missing, damaged or of a newer format.
+            EngineError: the back-end is unknown, not installed or cannot run here.
+            RequestError: `trust_engines` with a back-end that has no plans.
         """
         return cls(Bundle.open(Path(path), verify, trust_engines), engine, keep_engines)
 
@@ -161,8 +169,12 @@ class Pipeline:
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
-            self._engines[name] = self.bundle.open_component(name, self.engine)
+            self._engines[name] = self.bundle.open_component(name, self._engine_for(name))
         return self._engines[name]
+
+    def _engine_for(self, name: str) -> str:
+        """The back-end of a component: an adapter that no engine was built for runs where `auto` can run it."""
+        return "auto" if self._asked == "auto" and name.startswith("ip_adapter/") else self.engine
 
     def _load_seconds(self) -> float:
         """What opening and compiling engines has taken so far."""

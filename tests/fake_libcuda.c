@@ -6,13 +6,15 @@
 
 #define EXPORT __attribute__((visibility("default")))
 typedef int CUresult;
-enum { SUCCESS = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, CAPTURE_INVALIDATED = 901 };
+enum { SUCCESS = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_CONTEXT = 201, CAPTURE_INVALIDATED = 901 };
 
 /* What a fake library wants to run in the stream: at once, or whenever the graph that is being captured is launched. */
 typedef void (*Work)(void);
 enum { MOST_GRAPHS = 64 };
 static Work recorded[MOST_GRAPHS];
 static int captured;
+static int fails_captures;
+static __thread void *current; /* context of the calling thread */
 static int initialized, contexts, buffers, graphs, streams, capturing, launches, copies_captured, uploads;
 static const size_t LIMIT = (size_t)1 << 30;
 
@@ -40,7 +42,11 @@ EXPORT CUresult cuDevicePrimaryCtxRetain(void **context, int device) {
     contexts++; *context = (void *)0x1000; return SUCCESS;
 }
 EXPORT CUresult cuDevicePrimaryCtxRelease_v2(int device) { contexts--; return SUCCESS; }
-EXPORT CUresult cuCtxSetCurrent(void *context) { return context == (void *)0x1000 ? SUCCESS : INVALID; }
+EXPORT CUresult cuCtxSetCurrent(void *context) {
+    if (context != (void *)0x1000) return INVALID;
+    current = context; return SUCCESS;
+}
+EXPORT void fake_fail_captures(int fails) { fails_captures = fails; }
 EXPORT CUresult cuStreamCreate(void **stream, unsigned flags) { streams++; *stream = (void *)0x2000; return SUCCESS; }
 EXPORT CUresult cuStreamDestroy_v2(void *stream) { streams--; return SUCCESS; }
 EXPORT CUresult cuStreamSynchronize(void *stream) { return stream == (void *)0x2000 ? SUCCESS : INVALID; }
@@ -51,6 +57,7 @@ EXPORT CUresult cuMemAlloc_v2(unsigned long long *pointer, size_t size) {
 EXPORT CUresult cuMemFree_v2(unsigned long long pointer) { buffers--; free((void *)(uintptr_t)pointer); return SUCCESS; }
 EXPORT CUresult cuMemGetInfo_v2(size_t *available, size_t *total) { *available = LIMIT / 2; *total = LIMIT; return SUCCESS; }
 EXPORT CUresult cuMemcpyHtoDAsync_v2(unsigned long long to, const void *from, size_t size, void *stream) {
+    if (!current) return NO_CONTEXT;
     if (capturing) { copies_captured++; return SUCCESS; }
     uploads++; memcpy((void *)(uintptr_t)to, from, size); return stream == (void *)0x2000 ? SUCCESS : INVALID;
 }
@@ -61,6 +68,7 @@ EXPORT CUresult cuMemcpyDtoHAsync_v2(void *to, unsigned long long from, size_t s
 EXPORT CUresult cuStreamBeginCapture_v2(void *stream, int mode) { capturing = 1; return mode == 1 ? SUCCESS : INVALID; }
 EXPORT CUresult cuStreamEndCapture(void *stream, void **graph) {
     if (!capturing) return INVALID;
+    if (fails_captures) { capturing = 0; *graph = NULL; return CAPTURE_INVALIDATED; }
     capturing = 0; *graph = (void *)(uintptr_t)(0x3000 + captured); captured = (captured + 1) % MOST_GRAPHS;
     return SUCCESS;
 }

@@ -49,6 +49,19 @@ def test_equals_the_cpu_engine_at_changing_shapes(tiny_bundle: Path) -> None:
             np.testing.assert_array_equal(found, copy, err_msg="a result was overwritten by a later call")
 
 
+def test_each_set_of_shapes_has_a_cuda_graph_of_its_own(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+    monkeypatch.setattr(
+        ort.RunOptions, "add_run_config_entry", lambda self, name, value: graphs.append((name, value)), raising=True
+    )
+    with OnnxRuntimeCudaEngine(graph(tiny_bundle, "unet"), "cpu") as engine:
+        assert not engine.is_captured
+        engine.is_captured = True  # as on a GPU
+        for side in (8, 16, 8):
+            engine(**unet_inputs(engine, side, 0))
+    assert graphs == [("gpu_graph_id", "1"), ("gpu_graph_id", "2"), ("gpu_graph_id", "1")]
+
+
 def test_outputs_whose_shape_the_spec_does_not_tell(tiny_bundle: Path) -> None:
     decoder = graph(tiny_bundle, "vae_decoder")
     with OnnxRuntimeCudaEngine(decoder, "cpu") as engine, OnnxRuntimeEngine(decoder) as oracle:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ipa.engines.errors import RequestError
-from ipa.engines.shape_profile import Range, ShapeProfile, as_text
+from ipa.engines.shape_profile import Range, ShapeProfile, as_text, covers
 from ipa.engines.spec import SPECS, adapter_spec
 
 SIZES = {
@@ -73,3 +73,12 @@ def test_bad_ranges_are_refused(text: str) -> None:
 def test_bad_sizes_are_refused(text: str) -> None:
     with pytest.raises(RequestError, match="--resolution"):
         ShapeProfile.parse([text], "1", "4")
+
+
+def test_which_shapes_a_profile_covers() -> None:
+    profile = "image_kv 1x1x9:2x4x9:4x8x9, sample 1x4x8x8:2x4x16x16:4x4x16x16"
+    fits = {"sample": (2, 4, 8, 16), "image_kv": (4, 8, 9), "timestep": ()}
+    assert covers(profile, fits)
+    assert not covers(profile, {**fits, "sample": (2, 4, 8, 17)})
+    assert not covers(profile, {**fits, "image_kv": (0, 8, 9)})
+    assert covers("", {"timestep": ()})

@@ -24,7 +24,7 @@ from ipa.engines.cuda_driver import NoDriver, find_driver
 from ipa.engines.machine import platform_name
 from ipa.engines.plan_cache import PlanCache
 from ipa.engines.plan_file import RECIPE, PlanKey
-from ipa.engines.shape_profile import ShapeProfile, as_text, covers
+from ipa.engines.shape_profile import ShapeProfile, as_text
 
 HERE = Path(__file__).parent
 PROFILE = ShapeProfile.parse(["128x128", "64x64"], "1:1:2", "4:4:8")
@@ -166,8 +166,23 @@ def test_a_prompt_alone(gpu: dict[str, str], cache: Path, tiny_bundle: Path, tmp
     assert run(gpu, cache, *options, *REQUEST).returncode == 0
 
 
+def test_an_adapter_without_an_engine_runs_elsewhere_under_auto(
+    gpu: dict[str, str], cache: Path, tiny_bundle: Path, picture: Path, tmp_path: Path
+) -> None:
+    store_plans(cache, tiny_bundle)
+    next(cache.glob("ip_adapter-tiny-*.plan")).unlink()
+    options = ("--image", picture, "--bundle", tiny_bundle, "--output", tmp_path / "x.png", *REQUEST)
+    done = run(gpu, cache, *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["engine"] == "tensorrt"
+    done = run(gpu, cache, *options, "--engine", "tensorrt")
+    assert done.returncode == 2
+    assert "ip_adapter/tiny: no engine for tensorrt in the cache: none has been built" in done.stderr
+
+
 ENGINE = """
 import ctypes, json, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 from ipa.engines.bundle import Bundle
@@ -197,6 +212,16 @@ with bundle.open_component("unet", "tensorrt") as engine, bundle.open_component(
     report["worst"].append(float(np.abs(engine(**arrays)["noise_pred"] - oracle(**arrays)["noise_pred"]).max()))
     arrays["text_kv"] *= 0.5  # the same one, changed
     report["worst"].append(float(np.abs(engine(**arrays)["noise_pred"] - oracle(**arrays)["noise_pred"]).max()))
+    report["captured"] = [engine.is_captured]
+    ctypes.CDLL("libcuda.so.1").fake_fail_captures(1)
+    arrays = inputs(8)
+    for step in range(3):
+        found = engine(**arrays)["noise_pred"]
+        report["worst"].append(float(np.abs(found - oracle(**arrays)["noise_pred"]).max()))
+    report["captured"].append(engine.is_captured)
+    with ThreadPoolExecutor(1) as pool:  # another thread has no context of its own
+        found = pool.submit(engine, **arrays).result()["noise_pred"]
+    report["worst"].append(float(np.abs(found - oracle(**arrays)["noise_pred"]).max()))
     report["buffers"] = count(b"buffers")
     report["precision"] = engine.precision
     report["loaded"] = engine.load_seconds > 0
@@ -212,6 +237,7 @@ def test_steps_copy_only_what_changes_and_become_one_graph(gpu: dict[str, str], 
     assert found["uploads"] == [4, 2, 2, 2] * 2, "keys and values once for each shape"
     assert found["launches"] == [0, 1, 1, 1] * 2, "the first call sets up, then it is a graph"
     assert found["buffers"] == 5
+    assert found["captured"] == [True, False], "where a graph cannot be made it runs all the same"
     assert found["left"] == [0, 0, 0, 0]
     assert (found["precision"], found["loaded"]) == ("float32", True)
 
@@ -279,6 +305,9 @@ def test_plans_of_others_run_only_when_they_are_named(
     assert (done.returncode, "none has been built" in done.stderr) == (2, True)
     done = run(gpu, cache, *arguments, "--trust-engines", others)
     assert done.returncode == 0, done.stderr
+    other_engine = [*arguments[:5], "onnxruntime", *arguments[6:]]
+    done = run(gpu, cache, *other_engine, "--trust-engines", others)
+    assert (done.returncode, "is for --engine tensorrt or tensorrt-rtx" in done.stderr) == (2, True)
     done = run(gpu, cache, *arguments, "--trust-engines", tmp_path / "nothing")
     assert (done.returncode, "is not a folder" in done.stderr) == (2, True)
     (path,) = others.glob("unet-*.plan")
@@ -314,12 +343,3 @@ def test_without_a_driver_it_is_said_in_one_line(cache: Path, tiny_bundle: Path,
     assert done.returncode == 2
     assert "no NVIDIA driver here (libcuda.so.1 cannot be loaded); `--engine auto` takes one that can" in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-def test_which_shapes_a_profile_covers() -> None:
-    profile = "image_kv 1x1x9:2x4x9:4x8x9, sample 1x4x8x8:2x4x16x16:4x4x16x16"
-    fits = {"sample": (2, 4, 8, 16), "image_kv": (4, 8, 9), "timestep": ()}
-    assert covers(profile, fits)
-    assert not covers(profile, {**fits, "sample": (2, 4, 8, 17)})
-    assert not covers(profile, {**fits, "image_kv": (0, 8, 9)})
-    assert covers("", {"timestep": ()})

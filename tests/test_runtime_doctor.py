@@ -99,17 +99,32 @@ def test_two_distributions_of_one_module(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "these overwrite each other's files: onnxruntime onnxruntime-gpu" in doctor.as_text(doctor.examine())
 
 
+def with_gpu(monkeypatch: pytest.MonkeyPatch, gpu: Gpu, cuda: tuple[int, int] = (13, 0)) -> str:
+    """The page on a machine with this GPU."""
+    for module in (doctor, registry):
+        monkeypatch.setattr(module, "find_driver", lambda: Driver(cuda, (gpu,)))
+    return doctor.as_text(doctor.examine())
+
+
 def test_a_gpu_and_the_tensorrt_for_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    l4 = Gpu("NVIDIA L4", "8.9", 24 * 2**30)
     for cuda, extra in (((12, 8), "trt-cu12"), ((13, 0), "trt-cu13")):
-        driver = Driver(cuda, (Gpu("NVIDIA H200", "9.0", 141 * 2**30),))
-        monkeypatch.setattr(doctor, "find_driver", lambda driver=driver: driver)
-        text = doctor.as_text(doctor.examine())
-        assert f"GPU: NVIDIA H200, compute capability 9.0, 141 GiB, CUDA {cuda[0]}.{cuda[1]}" in text
+        text = with_gpu(monkeypatch, l4, cuda)
+        assert f"GPU: NVIDIA L4, compute capability 8.9, 24 GiB, CUDA {cuda[0]}.{cuda[1]}" in text
         assert f"`pip install 'ipa-runtime[{extra}]'`" in text
         assert "tensorrt-rtx     ready" in text
         assert "advice: faster pictures: `ipa-export build-engines --bundle DIR --engine tensorrt-rtx`" in text
+        assert "not tensorrt-rtx: its engines are built for each bundle" in text
     without(monkeypatch, "tensorrt_rtx")
-    assert "advice: faster pictures: `pip install 'ipa-runtime[trt-cu13]'`" in doctor.as_text(doctor.examine())
+    assert "advice: faster pictures: `pip install 'ipa-runtime[trt-cu13]'`" in with_gpu(monkeypatch, l4)
+
+
+def test_a_gpu_that_tensorrt_rtx_does_not_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = with_gpu(monkeypatch, Gpu("NVIDIA H200", "9.0", 141 * 2**30))
+    assert "tensorrt-rtx     builds" in text
+    assert "it does not list compute capability 9.0" in text
+    assert "--engine auto: openvino (" in text
+    assert "advice: faster pictures: `pip install 'ipa-runtime[trt-cu13]'`" in text
 
 
 @pytest.mark.skipif(not isinstance(find_driver(), NoDriver), reason="there is a GPU")
