@@ -44,8 +44,8 @@ def best_tile(convolution: Convolution) -> int | None:
     """The side of the tile for a convolution, `None` to leave it as it is.
 
     Measured on two cores, a guidance pair, against onnxruntime's own kernel: 1.7 to 2.4 times faster at 64x64 and
-    32x32 with tiles of 4; at 16x16 1.6 times with tiles of 2, which need 1.8 times the memory of the weights and not 4
-    times. At 8x8 reading the larger weights takes what is won.
+    32x32 with tiles of 4; at 16x16 1.5 to 1.8 times with tiles of 2, which need 1.8 times the memory of the weights and
+    not 4 times. At 8x8 are the most weights and the least work: they are left alone, for their memory.
     """
     channels, positions = min(convolution.channels_in, convolution.channels_out), convolution.positions
     if channels < _CHANNELS or positions > _MOST_POSITIONS:

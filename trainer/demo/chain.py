@@ -53,7 +53,7 @@ class DemoConfig:
     vae_steps: int = 2_500
     clip_steps: int = 1_250
     unet_steps: int = 12_900
-    decoder_steps: int = 6_500
+    decoder_steps: int = 12_000
     adapter_steps: int = 4_000
     judge_steps: int = 1_400
     minutes: float | None = None
