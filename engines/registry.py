@@ -170,11 +170,6 @@ class Choice:
         return f"{self.name} ({self.reason})"
 
 
-def is_installed(name: str) -> bool:
-    """Whether there is such a back-end, and its modules."""
-    return any(backend.name == name and backend.is_installed for backend in BACKENDS)
-
-
 def resolve_engine(name: str, graphs: Sequence[GraphFile] = ()) -> Choice:
     """The back-end that a name stands for: `auto` is the fastest one that this machine can run.
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from ipa.engines.bundle import hash_file
-from ipa.engines.errors import RequestError
-from ipa.engines.registry import Choice, is_installed
+from ipa.engines.errors import EngineError, RequestError
+from ipa.engines.registry import Choice
 from ipa.runtime.demo import demo_bundle
 from ipa.runtime.denoise import Step
 from ipa.runtime.metadata import pnginfo, read_request
@@ -60,6 +60,7 @@ class Job:
     bundle: Path | None  # None: the demo bundle
     engine: str
     output: Path
+    recorded_engine: str | None = None  # that made the picture this job makes again; used where it can run
     warnings: tuple[str, ...] = ()
     unet_sha256: str | None = None  # of the UNet that made the picture this job makes again
     trust_engines: Path | None = None  # folder of engine plans in place of the user's cache
@@ -94,9 +95,6 @@ class Job:
         warnings = []
         if "image_sha256" in recorded and "image" not in given and _image_hash(request) != recorded["image_sha256"]:
             warnings.append(f"{request.image} is not the image that {source} was made with; the result will differ")
-        if engine is None and (engine := recorded.get("engine")) is not None and not is_installed(engine):
-            warnings.append(f"{source} was made with the engine '{engine}', which is not installed; small differences")
-            engine = None
         folder = bundle if bundle is not None else recorded.get("bundle")
         target = Path(output) if output is not None else Path()
         check_writable(target)
@@ -105,6 +103,7 @@ class Job:
             None if folder is None else Path(str(folder)),
             engine or "auto",
             target,
+            recorded.get("engine") if engine is None else None,
             tuple(warnings),
             recorded.get("unet_sha256") if bundle is None else None,
             None if trust_engines is None else Path(trust_engines),
@@ -124,15 +123,15 @@ class Job:
             bar = bar if bar is not None else show(step.count)
             bar.update()
 
-        folder, trusted = self.bundle or demo_bundle(), self.trust_engines
-        with Pipeline.open(folder, engine=self.engine, keep_engines=False, trust_engines=trusted) as pipeline:
+        opened, warnings = self._open()
+        with opened as pipeline:
             try:
                 result = pipeline.run(self.request, progress)
             finally:
                 if bar is not None:
                     bar.close()
             origin, engine = self._origin(pipeline), pipeline.choice
-        warnings = [*self.warnings, *result.warnings]
+        warnings = [*self.warnings, *warnings, *result.warnings]
         if self.unet_sha256 not in (None, origin["unet_sha256"]):
             warnings.append("the bundle's UNet is not the one that made the picture; the result will differ")
         assert result.request.seed is not None
@@ -144,6 +143,18 @@ class Job:
                 info = pnginfo({**request_record(replace(result.request, only=only)), **origin})
             write_png(image, path, info)
         return Report(paths, result, engine, str(self.bundle or "demo"), warnings)
+
+    def _open(self) -> tuple[Pipeline, list[str]]:
+        """The pipeline, in the engine that was asked for or that made the picture before; and what to warn of."""
+        folder = self.bundle or demo_bundle()
+        options: dict[str, Any] = {"keep_engines": False, "trust_engines": self.trust_engines}
+        if self.recorded_engine is None:
+            return Pipeline.open(folder, engine=self.engine, **options), []
+        try:
+            return Pipeline.open(folder, engine=self.recorded_engine, **options), []
+        except EngineError as error:
+            warning = f"the picture was made with the engine '{self.recorded_engine}': {error}; small differences"
+            return Pipeline.open(folder, engine=self.engine, **options), [warning]
 
     def _origin(self, pipeline: Pipeline) -> dict[str, Any]:
         """What else decided the pictures: models by hash, the engine, and the image's content."""

@@ -111,7 +111,7 @@ def test_from_takes_the_engine_that_made_the_picture(
     monkeypatch.setattr(Backend, "is_installed", property(lambda self: self.name == "onnxruntime"))
     code, out, err = ipa_run("--from", first, "--output", third, "--format", "json")
     assert (code, json.loads(out)["engine"]) == (0, "onnxruntime")
-    assert "made with the engine 'openvino', which is not installed" in err
+    assert "made with the engine 'openvino': the engine 'openvino' is not installed: run" in err
 
 
 def test_auto_says_which_engine_and_why(
