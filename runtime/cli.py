@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from importlib.metadata import version
 from typing import Any
@@ -58,7 +59,7 @@ def run(
     given = {name: value for name, value in fields.items() if value is not None}
     places = {"bundle": bundle, "output": output, "source": source, "trust_engines": trust_engines}
     job = Job.plan(given, engine=engine, **places)
-    report = job.run(has_metadata=not no_metadata, show=_progress)
+    report = job.run(has_metadata=not no_metadata, show=_progress, check=_Interrupt().check)
     if job.engine == "auto" and sys.stderr.isatty():
         click.echo(f"ipa-run: engine {report.engine}", err=True)
     for warning in report.warnings:
@@ -70,6 +71,23 @@ def run(
         click.echo(path)
     if timings:
         click.echo(report.timings())
+
+
+class _Interrupt:
+    """Ctrl-C, remembered: where a library calls back into Python, the exception that it raises may be swallowed."""
+
+    def __init__(self) -> None:
+        self._came = False
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, signum: int, frame: object) -> None:
+        self._came = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise it again if it came."""
+        if self._came:
+            raise KeyboardInterrupt
 
 
 def _progress(count: int) -> Any:

@@ -109,12 +109,15 @@ class Job:
             None if trust_engines is None else Path(trust_engines),
         )
 
-    def run(self, *, has_metadata: bool, show: Callable[[int], Any]) -> Report:
+    def run(
+        self, *, has_metadata: bool, show: Callable[[int], Any], check: Callable[[], None] = lambda: None
+    ) -> Report:
         """Make the pictures and write them.
 
         Args:
             has_metadata: whether the files carry their request.
             show: given the number of steps, a progress bar as tqdm's.
+            check: called after each step; raises to stop.
         """
         bar = None
 
@@ -122,6 +125,7 @@ class Job:
             nonlocal bar
             bar = bar if bar is not None else show(step.count)
             bar.update()
+            check()
 
         opened, warnings = self._open()
         with opened as pipeline:
