@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from cuda.bindings import driver
 
+from ipa.engines.closing import Closing
 from ipa.engines.engine import Array
 from ipa.engines.errors import EngineError
 
@@ -16,7 +16,7 @@ _FIRST = 0
 _MIB = 2**20
 
 
-class CudaDevice:
+class CudaDevice(Closing):
     """Device memory by address, and one stream that all copies and launches go to, in order.
 
     Calls come from one thread at a time; `enter` makes the device that thread's.
@@ -132,14 +132,6 @@ class CudaDevice:
         driver.cuStreamDestroy(self._stream)
         driver.cuDevicePrimaryCtxRelease(self._device)
         self._graphs, self._buffers, self._stream = [], set(), None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _values(result: tuple[Any, ...]) -> tuple[Any, ...]:

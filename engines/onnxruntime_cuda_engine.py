@@ -8,12 +8,12 @@ import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
+from ipa.engines.closing import Closing
 from ipa.engines.engine import Array, GraphFile, check_finite, check_inputs, check_names
 from ipa.engines.errors import EngineError, first_line
 from ipa.engines.machine import available_cores
@@ -78,7 +78,7 @@ def _session(model: str | bytes, device: str, captures: bool) -> ort.InferenceSe
     return session
 
 
-class OnnxRuntimeCudaEngine:
+class OnnxRuntimeCudaEngine(Closing):
     """One graph in a session of onnxruntime's CUDA provider.
 
     Inputs that are marked read-only are copied to the device once. Where the spec tells the shapes of all outputs, the
@@ -176,14 +176,6 @@ class OnnxRuntimeCudaEngine:
     def close(self) -> None:
         """Free the session and the buffers."""
         self._session, self._buffers = None, {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _outputs_are_known(graph: GraphFile) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from types import TracebackType
-from typing import Self
 
 import onnxruntime as ort
 
+from ipa.engines.closing import Closing
 from ipa.engines.engine import Array, GraphFile, check_finite, check_inputs, check_names
 from ipa.engines.errors import EngineError, first_line
 from ipa.engines.machine import available_cores
@@ -16,7 +15,7 @@ from ipa.engines.machine import available_cores
 _SEVERITY_ERROR = 3
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Closing):
     """One graph in an onnxruntime CPU session; where a graph is float16, onnxruntime computes in float32."""
 
     precision = "float32"
@@ -58,11 +57,3 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Free the session."""
         self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

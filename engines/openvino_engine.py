@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import time
 from functools import cache
-from types import TracebackType
-from typing import Self
 
 import openvino as ov
 
+from ipa.engines.closing import Closing
 from ipa.engines.engine import Array, GraphFile, check_finite, check_inputs, check_names
 from ipa.engines.errors import EngineError, first_line
 from ipa.engines.machine import available_cores
@@ -34,7 +33,7 @@ def has_bfloat16() -> bool:
     return "BF16" in _core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(Closing):
     """One graph, compiled for one set of input shapes at a time.
 
     A fixed shape makes a step faster than free axes do; a change of shape compiles again (11 s for SD1.5's UNet on two
@@ -102,11 +101,3 @@ class OpenVinoEngine:
         """Free the graph and what was compiled from it."""
         self._request = self._model = None
         self._is_closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
+from ipa.engines.closing import Closing
 from ipa.engines.cuda_device import CudaDevice
 from ipa.engines.cuda_driver import NoDriver, find_driver
 from ipa.engines.engine import Array, GraphFile, check_finite, check_inputs
@@ -31,7 +31,7 @@ class _Buffer:
     constant: Array | None = None
 
 
-class TensorRtEngine:
+class TensorRtEngine(Closing):
     """One component's plan in an execution context.
 
     Inputs that are marked read-only are copied to the device once. From the second call with the same shapes on, the
@@ -236,11 +236,3 @@ class TensorRtEngine:
             self._context = self._native = None  # before the memory that they point to
             self._device.close()
         self._device = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

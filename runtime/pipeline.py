@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from ipa.engines.bundle import Bundle
+from ipa.engines.closing import Closing
 from ipa.engines.engine import Engine
 from ipa.engines.errors import BundleError, RequestError
 from ipa.engines.packed_kv import no_image_kv, scale_values
@@ -56,7 +56,7 @@ class Result:
         return self.unet_calls / self.seconds["denoise"]
 
 
-class Pipeline:
+class Pipeline(Closing):
     """An opened bundle that makes pictures. Engines open when first needed and stay open until `close`."""
 
     def __init__(self, bundle: Bundle, engine: str = "auto", keep_engines: bool = True) -> None:
@@ -108,14 +108,6 @@ class Pipeline:
             _, engine = self._engines.popitem()
             self._closed_load_seconds += engine.load_seconds
             engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __call__(self, prompt: str = "", *, callback: Callback | None = None, **fields: Any) -> list[Image.Image]:
         """Pictures for a prompt and an image; the keywords are the fields of `Request`.
