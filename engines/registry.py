@@ -97,8 +97,11 @@ def _tensorrt(name: str, summary: str) -> Backend:
 
     def doubt() -> str:
         driver = find_driver()
-        if isinstance(driver, NoDriver) or tensorrt_library.supports(name, driver.gpus[0].capability):
-            return ""
+        try:
+            if isinstance(driver, NoDriver) or tensorrt_library.supports(name, driver.gpus[0].capability):
+                return ""
+        except EngineError as error:
+            return str(error)
         return f"it does not list compute capability {driver.gpus[0].capability}"
 
     def obstacle(graphs: Sequence[GraphFile]) -> str:

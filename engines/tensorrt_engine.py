@@ -38,13 +38,12 @@ class TensorRtEngine(Closing):
     whole execution is one CUDA graph; TensorRT-RTX captures it by itself.
     """
 
-    def __init__(self, graph: GraphFile, engine: str, make_device: Callable[[], CudaDevice] = CudaDevice) -> None:
+    def __init__(self, graph: GraphFile, engine: str) -> None:
         """Find a plan for this machine and make it ready.
 
         Args:
             graph: the component.
             engine: `tensorrt` or `tensorrt-rtx`.
-            make_device: opens the GPU.
         Raises:
             EngineError: there is no GPU, no plan for it, not enough memory, or the library refuses the plan.
         """
@@ -57,7 +56,7 @@ class TensorRtEngine(Closing):
             raise EngineError(f"the engine '{engine}' cannot run here: {driver.reason}")
         self._plans = usable_plans(graph, engine, library_version(engine), driver.gpus[0])
         self._log = logger(engine)
-        self._device: CudaDevice | None = make_device()
+        self._device: CudaDevice | None = CudaDevice()
         self._buffers: dict[str, _Buffer] = {}
         self._native: Any = None  # the library's engine
         self._context: Any = None

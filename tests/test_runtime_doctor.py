@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from ipa.engines import registry
+from ipa.engines import registry, tensorrt_library
 from ipa.engines.cuda_driver import Driver, Gpu, NoDriver, find_driver
+from ipa.engines.errors import EngineError
 from ipa.engines.plan_cache import PlanCache
 from ipa.engines.plan_file import PlanKey
 from ipa.runtime import doctor
@@ -117,6 +118,17 @@ def test_a_gpu_and_the_tensorrt_for_its_driver(monkeypatch: pytest.MonkeyPatch) 
         assert "not tensorrt-rtx: its engines are built for each bundle" in text
     without(monkeypatch, "tensorrt_rtx")
     assert "advice: faster pictures: `pip install 'ipa-runtime[trt-cu13]'`" in with_gpu(monkeypatch, l4)
+
+
+def test_auto_passes_over_a_broken_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(engine: str) -> None:
+        raise EngineError(f"the engine '{engine}' cannot be loaded: libnvinfer.so.10")
+
+    for module in (doctor, tensorrt_library):
+        monkeypatch.setattr(module, "load_library", broken)
+    text = with_gpu(monkeypatch, Gpu("NVIDIA L4", "8.9", 24 * 2**30))
+    assert "tensorrt-rtx     broken   the engine 'tensorrt-rtx' cannot be loaded: libnvinfer.so.10" in text
+    assert "--engine auto: openvino (" in text
 
 
 def test_a_gpu_that_tensorrt_rtx_does_not_list(monkeypatch: pytest.MonkeyPatch) -> None:
