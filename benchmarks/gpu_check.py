@@ -68,8 +68,8 @@ def prepare(folder: Path, sizes: Sizes) -> Path:
     return bundle
 
 
-def build(bundle: Path, engine: str, size: int) -> str:
-    """Build what the cache has not; one line of what it took, or why it failed."""
+def build(bundle: Path, engine: str, size: int) -> dict[str, Any]:
+    """Build what the cache has not: one line of what it took, or why it failed."""
     profile = ShapeProfile.parse([f"{size}x{size}", "64x64"], "1:1:4", "1:4:16")
     try:
         builds = EngineBuilds(Bundle.open(bundle), PlanCache(default_cache()), engine, profile)
@@ -77,8 +77,8 @@ def build(bundle: Path, engine: str, size: int) -> str:
         start = time.perf_counter()
         builds.run(jobs)
     except Exception as error:  # whatever one engine does, the others are looked at
-        return f"FAILED: {error!r}"
-    return f"{len(jobs)} built in {time.perf_counter() - start:.0f} s, {len(kept)} kept"
+        return {"build": f"FAILED: {error!r}", "passed": False}
+    return {"build": f"{len(jobs)} built in {time.perf_counter() - start:.0f} s, {len(kept)} kept"}
 
 
 def obstacle(backend: Backend, bundle: Bundle) -> str:
@@ -203,18 +203,18 @@ def main(
         "speed": [],
     }
     states = record["engines"]
+    builders = [name for name in MODULES if name != "tensorrt" or isinstance(driver, Driver)]  # it builds on the GPU
     for backend in BACKENDS:
         if wanted and backend.name not in wanted:
             continue
-        state = states[backend.name] = {}
-        if backend.is_installed:
-            state["version"] = backend.version
-        if backend.name in MODULES and backend.is_installed:
-            state["build"] = build(bundle.root, backend.name, size)
+        state: dict[str, Any] = {}
+        states[backend.name] = state
+        if backend.name in builders and backend.is_installed:
+            state |= build(bundle.root, backend.name, size)
         state["obstacle"] = obstacle(backend, bundle)
         say(f"\n{backend.name}: {state.get('build', '')} {state['obstacle'] or 'runs'}")
         if not state["obstacle"]:
-            state |= check(folder, backend.name)
+            state |= {"version": backend.version, **check(folder, backend.name)}
         write(record, output)
     ready = [name for name, state in states.items() if state.get("passed")]
     for batch in batches:

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from ipa.engines import onnxruntime_cuda_engine
 from ipa.engines.bundle import Bundle
 from ipa.engines.engine import GraphFile
 from ipa.engines.errors import EngineError
@@ -100,6 +101,12 @@ def test_only_what_changes_is_copied(tiny_bundle: Path, monkeypatch: pytest.Monk
 def test_onnxruntime_without_cuda_does_not_fall_back_silently(tiny_bundle: Path) -> None:
     with pytest.raises(EngineError, match="onnxruntime has no working CUDAExecutionProvider"):
         OnnxRuntimeCudaEngine(graph(tiny_bundle, "unet"))
+
+
+def test_the_graph_that_tries_the_gpu_is_one() -> None:
+    session = onnxruntime_cuda_engine._session(onnxruntime_cuda_engine._PROBE, "cpu", False)
+    assert session.run(None, {"x": np.array([3], np.float32)})[0] == 3
+    assert "built without CUDA" in onnxruntime_cuda_engine.cuda_problem()
 
 
 def test_a_closed_engine_says_so(tiny_bundle: Path) -> None:

@@ -33,3 +33,14 @@ def test_what_is_here_is_built_checked_and_timed(tmp_path: Path, monkeypatch: py
     assert speed["seconds_median"].keys() == {eager, "openvino", "onnxruntime"}
     assert speed["speedup_over_torch_eager"][eager]["median"] == 1
     assert "| openvino |" in result.output
+
+
+def test_a_build_that_fails_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("no such symbol")
+
+    monkeypatch.setattr(gpu_check, "EngineBuilds", broken)
+    monkeypatch.setattr(gpu_check.Bundle, "open", lambda root: None)
+    monkeypatch.setenv("IPA_CACHE", str(tmp_path / "cache"))
+    found = gpu_check.build(tmp_path, "tensorrt-rtx", 512)
+    assert found == {"build": "FAILED: RuntimeError('no such symbol')", "passed": False}
