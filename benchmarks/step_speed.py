@@ -40,7 +40,7 @@ from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Engine, GraphFile
 from ipa.engines.machine import available_cores
 from ipa.engines.registry import BACKENDS, open_engine
-from ipa.engines.spec import SPECS, ComponentSpec, TensorSpec
+from ipa.engines.spec import SPECS, ComponentSpec, TensorSpec, axis_size
 from ipa.export import winograd
 from ipa.export.adapters import AdapterWeights, read_adapter
 from ipa.export.attention import attend
@@ -104,7 +104,7 @@ def random_inputs(spec: ComponentSpec, free: dict[str, int], rng: np.random.Gene
     """Standard normal values for every input; the timestep is fixed."""
     inputs = {}
     for tensor in spec.inputs:
-        shape = [axis if isinstance(axis, int) else free[axis] for axis in tensor.axes]
+        shape = [axis_size(axis, free) for axis in tensor.axes]
         values = np.full(shape, TIMESTEP) if tensor.name == "timestep" else rng.standard_normal(shape)
         inputs[tensor.name] = values.astype(tensor.dtype)
     return inputs

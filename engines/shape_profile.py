@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ipa.engines.errors import RequestError
-from ipa.engines.spec import ComponentSpec
+from ipa.engines.spec import ComponentSpec, axis_size
 
 Shape = tuple[int, ...]
 _SIDE_MULTIPLE = 8  # of pictures, in pixels
@@ -91,11 +91,14 @@ class ShapeProfile:
         """
         axes = self._axes(component, downscale)
         free = (tensor for tensor in spec.inputs if any(isinstance(axis, str) for axis in tensor.axes))
+        smallest, usual, largest = (
+            {axis: getattr(sizes, which) for axis, sizes in axes.items()} for which in ("smallest", "usual", "largest")
+        )
         return {
             tensor.name: (
-                tuple(axis if isinstance(axis, int) else axes[axis].smallest for axis in tensor.axes),
-                tuple(axis if isinstance(axis, int) else axes[axis].usual for axis in tensor.axes),
-                tuple(axis if isinstance(axis, int) else axes[axis].largest for axis in tensor.axes),
+                tuple(axis_size(axis, smallest) for axis in tensor.axes),
+                tuple(axis_size(axis, usual) for axis in tensor.axes),
+                tuple(axis_size(axis, largest) for axis in tensor.axes),
             )
             for tensor in free
         }

@@ -8,11 +8,12 @@ Names are diffusers' names. The negative half of a guidance batch comes first, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 
 Axis = int | str
+MAX_SLOTS = 8
 FLOAT = "float"  # stands for the dtype a component was exported in
 
 COMPONENTS = ("text_encoder", "text_kv", "image_encoder", "unet", "vae_decoder", "vae_encoder")
@@ -76,6 +77,7 @@ def _latents(name: str, channels: str = "latent_channels") -> TensorSpec:
 _ENCODER_HIDDEN_STATES = TensorSpec("encoder_hidden_states", ("batch", "text_tokens", "text_width"))
 _TEXT_KV = TensorSpec("text_kv", ("batch", "text_tokens", "kv"))
 _IMAGE_KV = TensorSpec("image_kv", ("batch", "tokens", "kv"))
+_IMAGE_MASK = "image_mask_"
 _IMAGE = TensorSpec("image", ("batch", 3, "height", "width"))
 _IMAGE_EMBEDS = TensorSpec("image_embeds", ("batch", "image_embed_width"))
 _HIDDEN_STATES = TensorSpec("hidden_states", ("batch", "image_patches", "image_hidden_width"))
@@ -96,6 +98,83 @@ SPECS: Mapping[str, ComponentSpec] = {
     "vae_decoder": ComponentSpec((_latents("latents"),), (_IMAGE,)),
     "vae_encoder": ComponentSpec((_IMAGE,), (_latents("latent_mean"), _latents("latent_logvar"))),
 }
+
+
+@dataclass(frozen=True)
+class ImageSlots:
+    """A UNet's room for image prompts. Each slot is an attention of its own; those of all slots are added up.
+
+    One adapter's images share a slot, where their tokens lie side by side; adapters, and images with masks, take one
+    slot each.
+
+    Attributes:
+        count: how many slots.
+        has_masks: whether a slot's attention is weighed by a mask over the picture.
+    """
+
+    count: int = 1
+    has_masks: bool = False
+
+    @classmethod
+    def of(cls, unet: ComponentSpec) -> ImageSlots:
+        """The slots of an exported UNet."""
+        names = [tensor.name for tensor in unet.inputs]
+        has_masks = any(name.startswith(_IMAGE_MASK) for name in names)
+        return cls(sum(name.startswith(_IMAGE_KV.name) for name in names), has_masks)
+
+    @property
+    def image_kv(self) -> tuple[str, ...]:
+        """The input of each slot: `image_kv`, `image_kv_1`, ..."""
+        return tuple(f"{_IMAGE_KV.name}_{slot}" if slot else _IMAGE_KV.name for slot in range(self.count))
+
+
+ONE_SLOT = ImageSlots()
+
+
+def image_mask(level: int) -> str:
+    """The input that holds every slot's mask for the layers of one resolution."""
+    return f"{_IMAGE_MASK}{level}"
+
+
+def positions(level: int, latent_height: int, latent_width: int) -> int:
+    """How many positions the layers of a level attend from."""
+    height, width = (-(-size // 2**level) for size in (latent_height, latent_width))
+    return int(height * width)
+
+
+def axis_size(axis: Axis, sizes: Mapping[str, int]) -> int:
+    """The size of an axis.
+
+    Args:
+        sizes: of free axes. Where it does not name them, a slot's tokens are those of the first, and a mask's
+            positions follow from the latents.
+    """
+    if isinstance(axis, int):
+        return axis
+    kind, _, number = axis.partition("_")
+    if axis not in sizes and kind == "positions":
+        return positions(int(number), sizes["latent_height"], sizes["latent_width"])
+    return sizes[axis if axis in sizes or kind != "tokens" else kind]
+
+
+def unet_spec(slots: ImageSlots, levels: Iterable[int] = ()) -> ComponentSpec:
+    """The UNet's spec.
+
+    Args:
+        slots: its room for image prompts.
+        levels: resolutions that have cross-attention, as `KVLayout.levels` gives them; masks come for each.
+    """
+    sample, timestep, text_kv, _ = SPECS["unet"].inputs
+    image_kv = (
+        replace(_IMAGE_KV, name=name, axes=("batch", f"tokens_{slot}" if slot else "tokens", "kv"))
+        for slot, name in enumerate(slots.image_kv)
+    )
+    masks = (
+        TensorSpec(image_mask(level), ("batch", slots.count, f"positions_{level}"))
+        for level in (sorted(set(levels)) if slots.has_masks else ())
+    )
+    return ComponentSpec((sample, timestep, text_kv, *image_kv, *masks), SPECS["unet"].outputs)
+
 
 # One adapter graph per image feature: `image_embeds` for base adapters, `hidden_states` for plus and full-face.
 ADAPTER_FEATURES: Mapping[str, TensorSpec] = {"image_embeds": _IMAGE_EMBEDS, "hidden_states": _HIDDEN_STATES}
@@ -133,6 +212,20 @@ class KVLayout:
     def widths(self) -> tuple[int, ...]:
         """Width of each layer, in order."""
         return tuple(layer.width for layer in self.layers)
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Resolution of each layer: at level n a picture has ceil(latent size / 2**n) positions a side.
+
+        The blocks on the way up mirror those on the way down; the middle one stays where the last of them ended.
+        """
+        places = [layer.name.split(".")[:2] for layer in self.layers]
+        down = [int(index) for block, index in places if block == "down_blocks"]
+        up = [int(index) for block, index in places if block == "up_blocks"]
+        last = min(down) + max(up)
+        levels = {("down_blocks", str(level)): level for level in down}
+        levels |= {("up_blocks", str(index)): last - index for index in up}
+        return tuple(levels.get((block, index), last) for block, index in places)
 
     def value_slices(self) -> Iterator[slice]:
         """Where each layer's values lie on the packed axis; what scales an image prompt scales these."""

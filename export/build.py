@@ -16,7 +16,7 @@ from torch import nn
 from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.errors import BundleError, IpaError
 from ipa.engines.manifest import FILE_NAME, AdapterRecord, ComponentRecord, FileRecord, Manifest
-from ipa.engines.spec import COMPONENTS
+from ipa.engines.spec import COMPONENTS, ONE_SLOT, ImageSlots
 from ipa.export.adapters import AdapterFile, AdapterWeights, adapter_graph, read_adapter
 from ipa.export.dimensions import base_dimensions, manifest_dimensions
 from ipa.export.graphs import component_modules, typed_graph
@@ -48,6 +48,7 @@ class ExportRequest:
     opset: int = 18
     force: bool = False
     merged: MergedOptions | None = None
+    slots: ImageSlots = ONE_SLOT
     defaults: Mapping[str, Any] = field(default_factory=dict)  # fields of `Defaults` that differ
 
 
@@ -71,6 +72,8 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
         raise IpaError("two adapters have the same name; name them with --adapter NAME=FILE")
     if request.merged and not weights:
         raise IpaError("--merged puts an adapter into the graph; pass one with --adapter")
+    if request.merged and request.slots != ONE_SLOT:
+        raise IpaError("--merged has room for one adapter; leave out --image-slots and --masks")
 
     defaults = replace(base.defaults, **request.defaults)
     usual_sizes = guidance_pair_sizes(defaults.height, defaults.width, base.vae_record.downscale)
@@ -85,7 +88,7 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
 
         components: dict[str, ComponentRecord] = {}
         text_kv: nn.Module | None = None
-        for name, module in component_modules(base):
+        for name, module in component_modules(base, request.slots):
             graph = typed_graph(name, module, dimensions, request.dtype)
             components[name] = add(graph, name)
             if name == "text_kv":

@@ -8,7 +8,7 @@ import numpy as np
 
 from ipa.engines.engine import Array
 from ipa.engines.manifest import Manifest
-from ipa.engines.spec import ComponentSpec, TensorSpec
+from ipa.engines.spec import ComponentSpec, TensorSpec, axis_size
 
 Size = tuple[int, int, int, int]  # batch, tokens, latent_height, latent_width
 # Multiples of 8 and others, the smallest picture (64 x 64 pixels) too.
@@ -47,6 +47,7 @@ def free_axes(size: Size, downscale: int) -> dict[str, int]:
     return {
         "batch": batch,
         "tokens": tokens,
+        "tokens_1": tokens + 2,
         "latent_height": height,
         "latent_width": width,
         "height": height * downscale,
@@ -57,7 +58,7 @@ def free_axes(size: Size, downscale: int) -> dict[str, int]:
 def _draw(
     tensor: TensorSpec, sizes: Mapping[str, int], random: np.random.Generator, seed: int, vocabulary: int
 ) -> Array:
-    shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.axes]
+    shape = [axis_size(axis, sizes) for axis in tensor.axes]
     if tensor.name == "timestep":
         return np.asarray(_TIMESTEPS[seed % len(_TIMESTEPS)], tensor.dtype)
     if tensor.dtype == "int64":

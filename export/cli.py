@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ipa.engines.errors import IpaError
+from ipa.engines.spec import MAX_SLOTS, ImageSlots
 from ipa.export.engine_cli import build_engines
 
 DTYPES = {"fp32": "float32", "fp16": "float16"}
@@ -55,6 +56,14 @@ def _finite(context: click.Context, option: click.Parameter, value: float | None
     help="Type of weights and activations.",
 )
 @click.option("--opset", type=click.IntRange(18, 20), default=18, show_default=True)
+@click.option(
+    "--image-slots",
+    type=click.IntRange(1, MAX_SLOTS),
+    default=1,
+    show_default=True,
+    help="Adapters that one request can use; with masks, images.",
+)
+@click.option("--masks", "has_masks", is_flag=True, help="Let a request say where in the picture an image counts.")
 @click.option("--merged", type=_FILE, metavar="FILE", help="Also write one ONNX step graph with the adapter inside.")
 @click.option(
     "--merged-scale", type=float, default=1.0, show_default=True, callback=_finite, help="IP-Adapter scale fixed in it."
@@ -72,6 +81,8 @@ def onnx(
     output: Path,
     dtype: str,
     opset: int,
+    image_slots: int,
+    has_masks: bool,
     merged: Path | None,
     merged_scale: float,
     default_steps: int | None,
@@ -104,6 +115,7 @@ def onnx(
         dtype=DTYPES[dtype],
         opset=opset,
         force=force,
+        slots=ImageSlots(image_slots, has_masks),
         merged=MergedOptions(merged, merged_scale) if merged else None,
         defaults={name: value for name, value in defaults.items() if value is not None},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipa.engines.manifest import Manifest
-from ipa.engines.spec import SPECS, Dimensions, KVLayout
+from ipa.engines.spec import SPECS, Dimensions, ImageSlots, KVLayout, unet_spec
 from ipa.export.pipeline import BasePipeline
 
 
@@ -27,7 +27,8 @@ def manifest_dimensions(manifest: Manifest) -> Dimensions:
     """The sizes that the spec table names, as the components of a bundle have them."""
     sizes: dict[str, int] = {}
     for name, record in manifest.components.items():
-        generic, actual = SPECS[name], record.spec
+        actual = record.spec
+        generic = unet_spec(ImageSlots.of(actual), manifest.kv_layout.levels) if name == "unet" else SPECS[name]
         pairs = zip((*generic.inputs, *generic.outputs), (*actual.inputs, *actual.outputs), strict=True)
         for named, sized in pairs:
             for axis, size in zip(named.axes, sized.axes, strict=True):

@@ -8,7 +8,7 @@ Source: arXiv:2308.06721, formula (5), for the sum of the two attentions before 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,10 +16,24 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ipa.engines.errors import IpaError
-from ipa.engines.spec import KVLayer, KVLayout
+from ipa.engines.spec import ONE_SLOT, ImageSlots, KVLayer, KVLayout
 from ipa.export.attention import attend
 
 KeysValues = tuple[Tensor, ...]  # K_0, V_0, K_1, V_1, ... each (batch, tokens, width)
+
+
+class Conditions(NamedTuple):
+    """What cross-attention layers get in place of `encoder_hidden_states`.
+
+    Attributes:
+        text: of the text.
+        images: of the image prompt in each slot.
+        masks: by level (batch, slots, positions); none without masks.
+    """
+
+    text: KeysValues
+    images: tuple[KeysValues, ...]
+    masks: Mapping[int, Tensor]
 
 
 def cross_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
@@ -83,19 +97,18 @@ def text_kv_linear(unet: UNet2DConditionModel) -> nn.Linear:
 class HoistedAttention:
     """Attention processor of the exported UNet, for self- and cross-attention layers.
 
-    A self-attention layer projects its own keys and values. A cross-attention layer gets them ready-made:
-    `encoder_hidden_states` is then the pair (keys and values of the text, those of the image prompt).
+    A self-attention layer projects its own keys and values. A cross-attention layer gets them ready-made.
     """
 
-    def __init__(self, index: int | None) -> None:
-        """Make a processor for cross-attention layer `index` of the layout; `None`: self-attention."""
-        self._index = index
+    def __init__(self, index: int | None, level: int = 0) -> None:
+        """Make a processor for cross-attention layer `index` of the layout, on `level`; `None`: self-attention."""
+        self._index, self._level = index, level
 
     def __call__(
         self,
         attn: Attention,
         hidden_states: Tensor,
-        encoder_hidden_states: tuple[KeysValues, KeysValues] | None = None,
+        encoder_hidden_states: Conditions | None = None,
         attention_mask: None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
@@ -104,31 +117,45 @@ class HoistedAttention:
         if self._index is None or encoder_hidden_states is None:
             result = attend(attn, query, attn.to_k(hidden_states), attn.to_v(hidden_states))
         else:
-            text, image = encoder_hidden_states
-            key, value = 2 * self._index, 2 * self._index + 1
-            result = attend(attn, query, text[key], text[value]) + attend(attn, query, image[key], image[value])
+            conditions, key, value = encoder_hidden_states, 2 * self._index, 2 * self._index + 1
+            mask = conditions.masks.get(self._level)
+            result = attend(attn, query, conditions.text[key], conditions.text[value])
+            for slot, image in enumerate(conditions.images):
+                shown = attend(attn, query, image[key], image[value])
+                result = result + (shown if mask is None else shown * mask[:, slot, :, None])
         return cast(Tensor, attn.to_out[1](attn.to_out[0](result)))
 
 
 class HoistedUNet(nn.Module):
     """The UNet as it is exported: latents and packed keys and values in, predicted noise out."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: UNet2DConditionModel, slots: ImageSlots = ONE_SLOT) -> None:
         """Take over `unet`: its attention processors are replaced and its cross-attention `to_k`/`to_v` dropped.
 
         Call `text_kv_linear` first.
         """
         super().__init__()
-        self.layout = kv_layout(unet)
+        self.layout, self.slots = kv_layout(unet), slots
+        levels = self.layout.levels
+        self.mask_levels = sorted(set(levels)) if slots.has_masks else []
         for module in unet.modules():
             if isinstance(module, Attention):
                 module.set_processor(HoistedAttention(None))
         for index, attention in enumerate(cross_attentions(unet).values()):
-            attention.set_processor(HoistedAttention(index))
+            attention.set_processor(HoistedAttention(index, levels[index]))
             attention.to_k = attention.to_v = None
         self.unet = unet
 
-    def forward(self, sample: Tensor, timestep: Tensor, text_kv: Tensor, image_kv: Tensor) -> Tensor:
-        """Predict the noise; see the spec table for shapes."""
-        keys_values = split_kv(text_kv, self.layout), split_kv(image_kv, self.layout)
-        return cast(Tensor, self.unet(sample, timestep, keys_values, return_dict=False)[0])
+    def forward(self, sample: Tensor, timestep: Tensor, text_kv: Tensor, *images: Tensor) -> Tensor:
+        """Predict the noise; see `ipa.engines.spec.unet_spec` for shapes.
+
+        Args:
+            images: `image_kv` of each slot, then the masks of each level.
+        """
+        masks = images[self.slots.count :]
+        conditions = Conditions(
+            split_kv(text_kv, self.layout),
+            tuple(split_kv(image_kv, self.layout) for image_kv in images[: self.slots.count]),
+            dict(zip(self.mask_levels, masks, strict=True)),
+        )
+        return cast(Tensor, self.unet(sample, timestep, conditions, return_dict=False)[0])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ipa.engines.errors import IpaError
-from ipa.engines.spec import ComponentSpec, TensorSpec
+from ipa.engines.spec import ComponentSpec, TensorSpec, axis_size
 from ipa.export.attention_function import define_attention, expanded
 
 MODEL_FILE = "model.onnx"
@@ -86,7 +86,7 @@ def export_graph(graph: Graph, path: Path, opset: int, standard: bool = False) -
 
 def example(tensor: TensorSpec) -> Tensor:
     """An input to trace with."""
-    shape = [axis if isinstance(axis, int) else _EXAMPLE_SIZES[axis] for axis in tensor.axes]
+    shape = [axis_size(axis, _EXAMPLE_SIZES) for axis in tensor.axes]
     return torch.ones(shape, dtype=_TORCH_DTYPES[tensor.dtype])
 
 

@@ -15,9 +15,9 @@ from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.engine import Array, Engine
 from ipa.engines.errors import EngineError, IpaError
 from ipa.engines.manifest import Manifest
-from ipa.engines.packed_kv import no_image_kv, scale_values
+from ipa.engines.packed_kv import image_inputs, scale_values
 from ipa.engines.registry import backend_named, open_engine
-from ipa.engines.spec import ComponentSpec, KVLayout
+from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, axis_size
 from ipa.engines.tensorrt_library import MODULES
 from ipa.export.adapters import AdapterFile, AdapterWeights, BaseAdapter, read_adapter
 from ipa.export.cases import SIZES, Size, cases, free_axes, step_inputs
@@ -80,11 +80,12 @@ class Validator:
 
     def run(self, progress: Progress = silent) -> Iterator[Check]:
         """All checks: every component, then the whole step."""
-        for name, module in component_modules(self.base):
+        manifest = self.bundle.manifest
+        for name, module in component_modules(self.base, ImageSlots.of(manifest.components["unet"].spec)):
             progress(name)
             with self.bundle.open_component(name, self.engine) as engine:
                 yield self._component(name, engine, module)
-            if self.engine in self.bundle.manifest.components[name].variants:  # the graph that all others run
+            if self.engine in manifest.components[name].variants:  # the graph that all others run
                 with open_engine(self.engine, self.bundle.graph(name)) as engine:
                     yield self._component(f"{name}, model.onnx", engine, module)
         for name, weights in self._adapters.items():
@@ -202,23 +203,22 @@ class Chain:
         self.unet = bundle.open_component("unet", engine)
 
     def __call__(self, inputs: Mapping[str, Array], adapter: Engine | None = None, scale: float = 0.0) -> Array:
+        sample = inputs["sample"]
         text_kv = self.text_kv(encoder_hidden_states=inputs["encoder_hidden_states"])["text_kv"]
-        if adapter is None:
-            image_kv = np.repeat(no_image_kv(self._layout, str(text_kv.dtype)), len(text_kv), axis=0)
-        else:
+        prompts = []
+        if adapter is not None:
             image_kv = adapter(image_embeds=inputs["image_embeds"])["image_kv"]
-            image_kv = scale_values(image_kv, self._layout, scale)
-        step = self.unet(sample=inputs["sample"], timestep=inputs["timestep"], text_kv=text_kv, image_kv=image_kv)
+            prompts.append(scale_values(image_kv, self._layout, scale))
+        batch, _, height, width = sample.shape
+        images = image_inputs(self.unet.spec, self._layout, (batch, height, width), prompts)
+        step = self.unet(sample=sample, timestep=inputs["timestep"], text_kv=text_kv, **images)
         return step["noise_pred"]
 
 
 def _shapes(spec: ComponentSpec, size: Size) -> dict[str, tuple[int, ...]]:
     """Shapes of the UNet's inputs."""
     axes = free_axes(size, 1)
-    return {
-        tensor.name: tuple(axis if isinstance(axis, int) else axes[axis] for axis in tensor.axes)
-        for tensor in spec.inputs
-    }
+    return {tensor.name: tuple(axis_size(axis, axes) for axis in tensor.axes) for tensor in spec.inputs}
 
 
 def record(root: Path, checks: Sequence[Check], source: Manifest) -> None:

@@ -22,6 +22,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import FunctionProto, ModelProto, NodeProto, helper, numpy_helper, parser, shape_inference
 
+from ipa.engines.spec import axis_size
+
 ENGINE = "onnxruntime"
 FILE = "winograd.onnx"
 DOMAIN = "ipa.winograd"
@@ -109,8 +111,8 @@ def _convolutions(model: ModelProto, sizes: Mapping[str, int]) -> dict[str, Conv
     nominal.CopyFrom(model)
     for value in (*nominal.graph.input, *nominal.graph.output):
         for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_param in sizes:
-                dimension.dim_value = sizes[dimension.dim_param]
+            if dimension.dim_param:
+                dimension.dim_value = axis_size(dimension.dim_param, sizes)
     inferred = shape_inference.infer_shapes(nominal, data_prop=True).graph
     shapes = {
         value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]

@@ -17,12 +17,20 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--image", metavar="FILE", help="The image prompt. Without it the base model runs alone.")
+@click.option("--image", multiple=True, metavar="[NAME=]FILE", help="The image prompt; several count together.")
 @click.option("--prompt", metavar="TEXT", help="What to draw; may be left out when there is an image.")
 @click.option("--bundle", metavar="DIR", help="What `ipa-export onnx` wrote.  [default: the demo bundle]")
 @click.option("--negative-prompt", metavar="TEXT", help="What to move away from.")
-@click.option("--adapter", metavar="NAME", help="Which of the bundle's adapters.  [default: the bundle's]")
-@click.option("--ip-adapter-scale", type=float, metavar="S", help="Weight of the image; 0 is the base model.")
+@click.option("--adapter", multiple=True, metavar="NAME[=S]", help="Adapter, and its scale.  [default: the bundle's]")
+@click.option(
+    "--ip-adapter-scale",
+    multiple=True,
+    metavar="[NAME=]S",
+    help="Weight of the image; 0 is the base model. Or by block: JSON, or style, layout, style+layout.",
+)
+@click.option("--ip-adapter-mask", multiple=True, metavar="[NAME=]FILE", help="Where an image counts: white. In order.")
+@click.option("--ip-adapter-start", multiple=True, metavar="[NAME=]F", help="From this share of the steps on, 0 to 1.")
+@click.option("--ip-adapter-end", multiple=True, metavar="[NAME=]F", help="Up to this share of the steps.")
 @click.option("--guidance-scale", type=float, metavar="G", help="Classifier-free guidance; 1 switches it off.")
 @click.option("--steps", "num_inference_steps", type=int, metavar="N", help="Denoising steps.")
 @click.option("--seed", type=int, metavar="N", help="0 to 2**64 - 1.  [default: drawn, and reported]")
@@ -54,9 +62,11 @@ def run(
 
     The paths of the pictures go to standard output, progress and warnings to standard error.
     """
+    from ipa.runtime.image_options import OPTIONS, image_fields
     from ipa.runtime.job import Job
 
-    given = {name: value for name, value in fields.items() if value is not None}
+    images = image_fields({name: fields.pop(name) for name in OPTIONS})
+    given = {name: value for name, value in fields.items() if value is not None} | images
     places = {"bundle": bundle, "output": output, "source": source, "trust_engines": trust_engines}
     job = Job.plan(given, engine=engine, **places)
     report = job.run(has_metadata=not no_metadata, show=_progress, check=_Interrupt().check)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,9 +45,8 @@ def denoise(
     unet: Engine,
     schedule: Schedule,
     latents: NDArray[np.float32],
-    text_kv: Array,
-    image_kv: Array,
-    guidance_scale: float,
+    conditions: Callable[[int], Mapping[str, Array]],
+    guidance_scale: float | None,
     draw_noise: Callable[[], NDArray[np.float32]],
 ) -> Iterator[Step]:
     """Denoise step by step.
@@ -56,24 +55,23 @@ def denoise(
         unet: opened engine of the component `unet`.
         schedule: timesteps and arithmetic.
         latents: (batch, 4, height / 8, width / 8) float32, unit variance times the schedule's first sigma.
-        text_kv, image_kv: of the UNet's batch: twice that of `latents` if guidance is on, negatives first.
-        guidance_scale: used when the UNet's batch is twice that of `latents`.
+        conditions: the UNet's other inputs at a step; with guidance, of twice the batch of `latents`, negatives first.
+        guidance_scale: `None`: no guidance.
         draw_noise: the next variance noise, shaped as `latents`; called only for steps that need it.
     Yields:
         One `Step` after each call of the UNet.
     """
-    has_guidance = len(text_kv) == 2 * len(latents)
+    halves = 1 if guidance_scale is None else 2
     dtype = unet.spec.inputs[0].dtype
     state = schedule.start()
     for index, timestep in enumerate(schedule.timesteps):
         sample = schedule.scale_model_input(index, latents)
         noise_pred = unet(
-            sample=np.concatenate([sample] * (1 + has_guidance)).astype(dtype, copy=False),
+            sample=np.concatenate([sample] * halves).astype(dtype, copy=False),
             timestep=np.asarray(timestep, np.float32),
-            text_kv=text_kv,
-            image_kv=image_kv,
+            **conditions(index),
         )["noise_pred"].astype(np.float32, copy=False)
-        if has_guidance:
+        if guidance_scale is not None:
             noise_pred = split_guidance(noise_pred, guidance_scale)
         noise = draw_noise() if schedule.needs_noise(index) else None
         latents, state = schedule.step(index, noise_pred, latents, state, noise)

@@ -13,12 +13,14 @@ from ipa.engines.errors import EngineError, RequestError
 from ipa.engines.registry import Choice
 from ipa.runtime.demo import demo_bundle
 from ipa.runtime.denoise import Step
+from ipa.runtime.image_prompt import ImagePrompt, ImageSource
 from ipa.runtime.metadata import pnginfo, read_request
 from ipa.runtime.output import check_writable, output_paths, write_png
 from ipa.runtime.pipeline import Pipeline, Result
 from ipa.runtime.request import Request
 
 _REQUEST_FIELDS = frozenset(Request.__dataclass_fields__)
+_IMAGE_FIELDS = frozenset({"image", "adapter", "ip_adapter_scale", "image_prompts"})
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,22 @@ class Job:
         fields = {name: value for name, value in recorded.items() if name in _REQUEST_FIELDS}
         if "num_images" in given or "seed" in given:
             fields.pop("only", None)
+        if fields.get("image_prompts") and not _IMAGE_FIELDS.isdisjoint(given):
+            if "image" not in given and "image_prompts" not in given:
+                raise RequestError(f"{source} has several image prompts, which change as a whole: give --image again")
+            del fields["image_prompts"]
+        if "image_prompts" in given:
+            fields = {name: value for name, value in fields.items() if name not in _IMAGE_FIELDS}
+        elif "image_prompts" in fields:
+            fields["image_prompts"] = tuple(map(ImagePrompt.from_record, fields["image_prompts"]))
         request = Request(**{**fields, **given})
-        if not request.prompt and request.image is None:
+        if not request.prompt and not request.has_image:
             raise RequestError("nothing to draw from: give --prompt, --image or both")
         warnings = []
-        if "image_sha256" in recorded and "image" not in given and _image_hash(request) != recorded["image_sha256"]:
-            warnings.append(f"{request.image} is not the image that {source} was made with; the result will differ")
+        has_own_image = "image" in given or "image_prompts" in given
+        if "image_sha256" in recorded and not has_own_image and _image_hash(request) != recorded["image_sha256"]:
+            what = "an image" if request.image is None else request.image
+            warnings.append(f"{what} is not the image that {source} was made with; the result will differ")
         folder = bundle if bundle is not None else recorded.get("bundle")
         target = Path(output) if output is not None else Path()
         check_writable(target)
@@ -173,11 +185,19 @@ class Job:
 
 def request_record(request: Request) -> dict[str, Any]:
     """A request as JSON values; a picture that came from no file is left out."""
-    record = asdict(replace(request, image=None))
+    record = asdict(replace(request, image=None, image_prompts=()))
     record["image"] = str(request.image) if isinstance(request.image, str | Path) else None
+    record["image_prompts"] = [prompt.record() for prompt in request.image_prompts]
     return record
 
 
-def _image_hash(request: Request) -> str | None:
-    path = Path(request.image) if isinstance(request.image, str | Path) else None
+def _image_hash(request: Request) -> str | list[str | None] | None:
+    """Of the image; where there are several prompts, of all their images and masks."""
+    if not request.image_prompts:
+        return _file_hash(request.image)
+    return [_file_hash(picture) for prompt in request.image_prompts for picture in (*prompt.images, *prompt.masks)]
+
+
+def _file_hash(picture: ImageSource | None) -> str | None:
+    path = Path(picture) if isinstance(picture, str | Path) else None
     return hash_file(path) if path is not None and path.is_file() else None

@@ -54,8 +54,9 @@ def parameters_text(request: Mapping[str, Any]) -> str:
         "CFG scale": _number(request["guidance_scale"]),
         "Seed": request["seed"],
         "Size": f"{request['width']}x{request['height']}",
-        "IP-Adapter scale": _number(request["ip_adapter_scale"]),
     }
+    if isinstance(request["ip_adapter_scale"], int | float):  # else it has no single one, or differs by block
+        pairs |= {"IP-Adapter scale": _number(request["ip_adapter_scale"])}
     if request["only"] is not None:
         pairs |= {"Batch size": request["num_images"], "Batch pos": request["only"]}
     pairs |= {"RNG": "CPU", "Version": f"ipa-runtime {request['version']}"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +18,12 @@ from ipa.engines.bundle import Bundle
 from ipa.engines.closing import Closing
 from ipa.engines.engine import Engine
 from ipa.engines.errors import BundleError, RequestError
-from ipa.engines.packed_kv import no_image_kv, scale_values
 from ipa.engines.tensorrt_library import MODULES
 from ipa.runtime.conditioning import guidance_batch
 from ipa.runtime.denoise import Step, denoise
-from ipa.runtime.images import open_image, preprocess, to_images
+from ipa.runtime.image_prompt import ImagePrompt
+from ipa.runtime.image_slots import Slot, SlotInputs, check_slots, image_slots, opened
+from ipa.runtime.images import to_images
 from ipa.runtime.noise import TorchGenerator
 from ipa.runtime.request import Request
 from ipa.runtime.schedulers import Schedule, create_scheduler
@@ -128,16 +129,16 @@ class Pipeline(Closing):
             EngineError: an engine cannot be opened or failed.
         """
         request, schedule = self._resolved(request)
-        image = None if request.image is None else open_image(request.image)
+        prompts = [opened(prompt) for prompt in request.all_image_prompts]
         seconds, loaded = {"load": 0.0}, self._load_seconds()
         if self.keep_engines:  # all at once: what cannot be opened is known before the work starts
             self._load(request)
         with self._stage("text", seconds):
             text_kv, warnings = self._text_kv(request)
         with self._stage("image", seconds):
-            image_kv = self._image_kv(request, image)
+            slots = self._slots(request, prompts)
         with self._stage("denoise", seconds):
-            for step in self._denoise(request, schedule, text_kv, image_kv):
+            for step in self._denoise(request, schedule, text_kv, slots):
                 if callback is not None:
                     callback(step)
         with self._stage("vae_decoder", seconds):
@@ -148,14 +149,14 @@ class Pipeline(Closing):
     def steps(self, request: Request) -> Iterator[Step]:
         """The denoising loop alone, as a generator: the last step's latents are the final ones."""
         request, schedule = self._resolved(request)
-        image = None if request.image is None else open_image(request.image)
+        prompts = [opened(prompt) for prompt in request.all_image_prompts]
         text_kv, _ = self._text_kv(request)
-        return self._denoise(request, schedule, text_kv, self._image_kv(request, image))
+        return self._denoise(request, schedule, text_kv, self._slots(request, prompts))
 
     def _load(self, request: Request) -> None:
         names = ["text_encoder", "text_kv", "unet", "vae_decoder"]
-        if request.adapter is not None:
-            names += ["image_encoder", f"ip_adapter/{request.adapter}"]
+        adapters = {f"ip_adapter/{prompt.adapter}": None for prompt in request.all_image_prompts}
+        names += ["image_encoder", *adapters] if adapters else []
         for name in names:
             self._engine(name)
 
@@ -184,6 +185,7 @@ class Pipeline(Closing):
     def _resolved(self, request: Request) -> tuple[Request, Schedule]:
         """The request with nothing left open, and its run of the scheduler."""
         request = request.resolved(self.manifest)
+        check_slots(request.all_image_prompts, self.bundle)
         scheduler = create_scheduler(request.scheduler, self._scheduler_config)
         assert request.num_inference_steps is not None
         schedule = scheduler.schedule(request.num_inference_steps, eta=request.eta)
@@ -204,26 +206,12 @@ class Pipeline(Closing):
         encoder_hidden_states = self._engine("text_encoder")(input_ids=input_ids)["encoder_hidden_states"]
         return self._engine("text_kv")(encoder_hidden_states=encoder_hidden_states)["text_kv"], warnings
 
-    def _image_kv(self, request: Request, image: Image.Image | None) -> Array:
-        """Scaled keys and values of negative and positive image prompt, (2, tokens, kv)."""
-        layout = self.manifest.kv_layout
-        if image is None or request.adapter is None or request.ip_adapter_scale is None:
-            return no_image_kv(layout, self.manifest.components["unet"].dtype)
-        record = self.bundle.adapter(request.adapter)
-        if record.negative != "zeros":
-            raise BundleError(
-                f"adapter '{request.adapter}' makes its negative tokens by {record.negative!r}, this ipa-runtime "
-                "knows 'zeros'; upgrade with `pip install -U ipa-runtime`"
-            )
-        feature = record.feature
-        encoder = self._engine("image_encoder")
-        pixel_values = preprocess([image], self.manifest.image_processor)
-        features = encoder(pixel_values=pixel_values.astype(encoder.spec.inputs[0].dtype))[feature]
-        halves = np.concatenate([np.zeros_like(features), features])
-        image_kv = self._engine(f"ip_adapter/{request.adapter}")(**{feature: halves})["image_kv"]
-        return scale_values(image_kv, layout, request.ip_adapter_scale)
+    def _slots(self, request: Request, prompts: Sequence[ImagePrompt]) -> list[Slot]:
+        """What the UNet's image slots show."""
+        assert request.height and request.width
+        return image_slots(prompts, self.bundle, self._engine, request.height, request.width)
 
-    def _denoise(self, request: Request, schedule: Schedule, text_kv: Array, image_kv: Array) -> Iterator[Step]:
+    def _denoise(self, request: Request, schedule: Schedule, text_kv: Array, slots: Sequence[Slot]) -> Iterator[Step]:
         assert request.seed is not None and request.height and request.width and request.guidance_scale is not None
         unet = self._engine("unet")
         generator = TorchGenerator(request.seed)
@@ -236,10 +224,16 @@ class Pipeline(Closing):
             return generator.randn(shape)[chosen]
 
         latents = draw_noise() * np.float32(schedule.init_noise_sigma)
-        text_kv, image_kv = (guidance_batch(kv, len(latents), request.has_guidance) for kv in (text_kv, image_kv))
-        for kv in (text_kv, image_kv):
-            kv.flags.writeable = False  # so an engine may keep its copy over the steps
-        return denoise(unet, schedule, latents, text_kv, image_kv, request.guidance_scale, draw_noise)
+        text_kv = guidance_batch(text_kv, len(latents), request.has_guidance)
+        text_kv.flags.writeable = False  # so an engine may keep its copy over the steps
+        size = (len(latents), *latents.shape[2:])
+        images = SlotInputs(slots, unet.spec, self.manifest.kv_layout, size, request.has_guidance)
+
+        def conditions(index: int) -> Mapping[str, Array]:
+            return {"text_kv": text_kv, **images.at(index, len(schedule.timesteps))}
+
+        guidance_scale = request.guidance_scale if request.has_guidance else None
+        return denoise(unet, schedule, latents, conditions, guidance_scale, draw_noise)
 
     def _decode(self, latents: NDArray[np.float32]) -> list[Image.Image]:
         """One picture at a time: the decoder's memory grows with the batch, its speed does not."""

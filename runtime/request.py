@@ -11,6 +11,8 @@ from PIL import Image
 
 from ipa.engines.errors import RequestError
 from ipa.engines.manifest import Manifest
+from ipa.runtime.block_scales import Scale, check_scale
+from ipa.runtime.image_prompt import ImagePrompt
 from ipa.runtime.noise import SEED_LIMIT
 from ipa.runtime.schedulers import SCHEDULER_NAMES
 
@@ -29,7 +31,9 @@ class Request:
         image: the image prompt; `None` asks for the base model without an adapter.
         negative_prompt: what to move away from, when guidance is on.
         adapter: which of the bundle's adapters.
-        ip_adapter_scale: weight of the image prompt; 0 is the base model exactly.
+        ip_adapter_scale: weight of the image prompt, or weights by block, see `ipa.runtime.block_scales`; 0 is the base
+            model exactly.
+        image_prompts: in place of the three before: several images, several adapters, masks.
         guidance_scale: classifier-free guidance, 1 and below is off.
         seed: 0 to 2**64 - 1; `None` draws one.
         num_images: pictures drawn from one generator, as diffusers' `num_images_per_prompt`.
@@ -43,7 +47,8 @@ class Request:
     image: Image.Image | Path | str | None = None
     negative_prompt: str = ""
     adapter: str | None = None
-    ip_adapter_scale: float | None = None
+    ip_adapter_scale: Scale | None = None
+    image_prompts: tuple[ImagePrompt, ...] = ()
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
     seed: int | None = None
@@ -67,8 +72,16 @@ class Request:
         _check_int("seed", self.seed, 0, SEED_LIMIT - 1)
         _check_int("num_images", self.num_images, 1, MAX_IMAGES)
         _check_int("only", self.only, 0, self.num_images - 1)
-        for name in ("ip_adapter_scale", "guidance_scale", "eta"):
+        for name in ("guidance_scale", "eta"):
             _check_finite(name, getattr(self, name))
+        if self.ip_adapter_scale is not None:
+            check_scale(self.ip_adapter_scale)
+        if not isinstance(self.image_prompts, tuple) or not all(
+            isinstance(one, ImagePrompt) for one in self.image_prompts
+        ):
+            raise RequestError(f"image_prompts is {self.image_prompts!r}, expected a tuple of ImagePrompt")
+        if self.image_prompts and (self.image is not None or self.adapter or self.ip_adapter_scale is not None):
+            raise RequestError("image_prompts take the place of image, adapter and ip_adapter_scale: give one or other")
         for name in ("height", "width"):
             _check_int(name, getattr(self, name), MIN_SIZE, MAX_SIZE)
             size = getattr(self, name)
@@ -90,11 +103,21 @@ class Request:
             for item in fields(defaults)
             if hasattr(self, item.name) and getattr(self, item.name) is None
         }
-        if self.image is None:
+        if self.image_prompts:
+            chosen |= {"adapter": None, "ip_adapter_scale": None}
+            chosen["image_prompts"] = tuple(
+                replace(
+                    prompt,
+                    adapter=prompt.adapter or defaults.adapter,
+                    scale=defaults.ip_adapter_scale if prompt.scale is None else prompt.scale,
+                )
+                for prompt in self.image_prompts
+            )
+        elif self.image is None:
             if self.adapter or self.ip_adapter_scale:
                 raise RequestError("an adapter or its scale was given, but no image: add --image, or leave them out")
             chosen |= {"adapter": None, "ip_adapter_scale": 0.0}
-        elif not (self.adapter or defaults.adapter):
+        if self.has_image and not (self.adapter or defaults.adapter):
             raise RequestError(
                 "an image was given, but the bundle has no adapter: "
                 "add one with `ipa-export adapter --bundle BUNDLE --adapter NAME=FILE`"
@@ -102,6 +125,18 @@ class Request:
         if self.seed is None:
             chosen["seed"] = secrets.randbelow(2**32)
         return replace(self, **chosen)
+
+    @property
+    def has_image(self) -> bool:
+        """Whether there is an image prompt."""
+        return self.image is not None or bool(self.image_prompts)
+
+    @property
+    def all_image_prompts(self) -> tuple[ImagePrompt, ...]:
+        """The image prompts, the simple one too."""
+        if self.image is None:
+            return self.image_prompts
+        return (ImagePrompt((self.image,), self.adapter, self.ip_adapter_scale),)
 
     @property
     def has_guidance(self) -> bool:

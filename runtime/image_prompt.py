@@ -1,0 +1,85 @@
+"""Image prompts: which images an adapter shows the model, how much they count, where and when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+from PIL import Image
+
+from ipa.engines.errors import RequestError
+from ipa.runtime.block_scales import Scale, check_scale
+
+ImageSource: TypeAlias = Image.Image | Path | str
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """Images for one adapter. Those without masks share one attention, those with masks have one each.
+
+    Attributes:
+        images: one or several; their order does not matter.
+        adapter: which of the bundle's; `None`: its default.
+        scale: `ip_adapter_scale`, see `ipa.runtime.block_scales`; `None`: the bundle's default.
+        masks: none, or one for each image: it counts where the mask is bright.
+        start, end: the share of the denoising steps in which they count, 0 to 1.
+    """
+
+    images: tuple[ImageSource, ...]
+    adapter: str | None = None
+    scale: Scale | None = None
+    masks: tuple[ImageSource, ...] = ()
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, pictures in (("images", self.images), ("masks", self.masks)):
+            if not isinstance(pictures, tuple) or not all(isinstance(one, ImageSource) for one in pictures):
+                raise RequestError(f"{name} is {pictures!r}, expected a tuple of files or PIL images")
+        if not isinstance(self.adapter, str | None):
+            raise RequestError(f"adapter is {self.adapter!r}, expected a name")
+        named = f" of adapter '{self.adapter}'" if self.adapter else ""
+        if not self.images:
+            raise RequestError(f"there is no image{named}: add --image {self.adapter or 'NAME'}=FILE")
+        if self.masks and len(self.masks) != len(self.images):
+            raise RequestError(f"{len(self.masks)} masks for {len(self.images)} images{named}: give one for each image")
+        if self.scale is not None:
+            check_scale(self.scale)
+        for name, value in (("start", self.start), ("end", self.end)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise RequestError(f"ip_adapter_{name}{named} is {value!r}, expected a number from 0 to 1")
+        if self.start >= self.end:
+            raise RequestError(f"ip_adapter_start{named} is {self.start}, expected less than the end, {self.end}")
+
+    @property
+    def slots(self) -> int:
+        """How many of the UNet's slots it takes."""
+        return len(self.masks) or 1
+
+    def is_active(self, index: int, count: int) -> bool:
+        """Whether it counts in step `index` of `count`, by the rule that ControlNets have in diffusers."""
+        return index / count >= self.start and (index + 1) / count <= self.end
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values; pictures that came from no file are left out."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {**values, "images": _paths(self.images), "masks": _paths(self.masks)}
+
+    @classmethod
+    def from_record(cls, record: object) -> Self:
+        """What `record` wrote.
+
+        Raises:
+            RequestError: it did not.
+        """
+        names = {item.name for item in fields(cls)}
+        if not isinstance(record, Mapping) or not set(record) <= names or not isinstance(record.get("images"), list):
+            raise RequestError(f"{record!r} is not an image prompt as ipa-run writes it; give --image yourself")
+        pictures = {name: tuple(record[name]) for name in ("images", "masks") if isinstance(record.get(name), list)}
+        return cls(**{**record, **pictures})
+
+
+def _paths(pictures: tuple[ImageSource, ...]) -> list[str]:
+    return [str(picture) for picture in pictures if isinstance(picture, Path | str)]

@@ -1,0 +1,167 @@
+"""From image prompts to what the UNet's image slots take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from ipa.engines.bundle import Bundle
+from ipa.engines.engine import Array, Engine
+from ipa.engines.errors import BundleError, RequestError
+from ipa.engines.manifest import AdapterRecord
+from ipa.engines.packed_kv import image_inputs, scale_values
+from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout
+from ipa.runtime.block_scales import layer_scales
+from ipa.runtime.conditioning import guidance_batch
+from ipa.runtime.image_prompt import ImagePrompt, ImageSource
+from ipa.runtime.images import open_image, preprocess
+from ipa.runtime.masks import binary_mask, mask_level
+
+OpenEngine = Callable[[str], Engine]  # by component
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one of the UNet's slots shows.
+
+    Attributes:
+        image_kv: (2, tokens, kv) scaled keys and values, negative and positive.
+        mask: (positions,) by level; `None`: the whole picture.
+        prompt: where it is from, which knows in which steps it counts.
+    """
+
+    image_kv: Array
+    mask: Mapping[int, Array] | None
+    prompt: ImagePrompt
+
+
+def check_slots(prompts: Sequence[ImagePrompt], bundle: Bundle) -> None:
+    """Refuse image prompts that the bundle's UNet has no room for, or no adapter.
+
+    Raises:
+        RequestError: says what it has and how to export for more.
+        BundleError: there is no such adapter.
+    """
+    slots = ImageSlots.of(bundle.manifest.components["unet"].spec)
+    needed = sum(prompt.slots for prompt in prompts)
+    has_masks = any(prompt.masks for prompt in prompts)
+    if needed > slots.count or (has_masks and not slots.has_masks):
+        option = f"--image-slots {max(needed, slots.count)}" + (" --masks" if has_masks or slots.has_masks else "")
+        raise RequestError(
+            f"the request needs {needed} image slots{' with masks' if has_masks else ''}, the UNet of {bundle.root} "
+            f"has {slots.count}{'' if slots.has_masks else ' and no masks'}: "
+            f"export it again with `ipa-export onnx ... {option}`"
+        )
+    for prompt in prompts:
+        bundle.adapter(str(prompt.adapter))
+        layer_scales(_scale(prompt), bundle.manifest.kv_layout, bundle.manifest.family)
+
+
+def opened(prompt: ImagePrompt) -> ImagePrompt:
+    """The same with its pictures read.
+
+    Raises:
+        RequestError: a file is missing or no picture.
+    """
+
+    def read(pictures: tuple[ImageSource, ...]) -> tuple[Image.Image, ...]:
+        return tuple(open_image(picture) for picture in pictures)
+
+    return replace(prompt, images=read(prompt.images), masks=read(prompt.masks))
+
+
+def image_slots(
+    prompts: Sequence[ImagePrompt], bundle: Bundle, engine: OpenEngine, height: int, width: int
+) -> list[Slot]:
+    """Keys and values of every image prompt.
+
+    Args:
+        prompts: opened, see `opened`.
+        engine: opens a component.
+        height, width: of the picture to be made.
+    Raises:
+        RequestError: a mask does not fit the picture.
+    """
+    manifest, slots = bundle.manifest, []
+    layout = manifest.kv_layout
+    latents = height // manifest.vae.downscale, width // manifest.vae.downscale
+    for prompt in prompts:
+        record = bundle.adapter(str(prompt.adapter))
+        scales = layer_scales(_scale(prompt), layout, manifest.family)
+        adapter = engine(f"ip_adapter/{prompt.adapter}")
+        shown = []
+        for image in prompt.images:
+            features = _both_halves(image, record, bundle, engine)
+            shown.append(scale_values(adapter(**{record.feature: features})["image_kv"], layout, scales))
+        if not prompt.masks:
+            slots.append(Slot(np.concatenate(shown, axis=1), None, prompt))
+        for image_kv, picture in zip(shown, prompt.masks, strict=False):
+            assert isinstance(picture, Image.Image)
+            mask = binary_mask(picture, height, width)
+            by_level = {level: mask_level(mask, level, *latents) for level in set(layout.levels)}
+            slots.append(Slot(image_kv, by_level, prompt))
+    return slots
+
+
+def _both_halves(image: ImageSource, record: AdapterRecord, bundle: Bundle, engine: OpenEngine) -> Array:
+    """The image feature of the negative and the positive half, (2, ...)."""
+    if record.negative != "zeros":
+        raise BundleError(
+            f"an adapter makes its negative tokens by {record.negative!r}, this ipa-runtime knows 'zeros'; upgrade "
+            "with `pip install -U ipa-runtime`"
+        )
+    assert isinstance(image, Image.Image)
+    encoder = engine("image_encoder")
+    pixel_values = preprocess([image], bundle.manifest.image_processor).astype(encoder.spec.inputs[0].dtype)
+    features = encoder(pixel_values=pixel_values)[record.feature]
+    return np.concatenate([np.zeros_like(features), features])
+
+
+def _scale(prompt: ImagePrompt) -> float | str | Mapping[str, object]:
+    assert prompt.scale is not None  # a resolved request has one
+    return prompt.scale
+
+
+class SlotInputs:
+    """The UNet's inputs for image prompts at each step, each made once and read-only: engines keep them."""
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        unet: ComponentSpec,
+        layout: KVLayout,
+        latents: tuple[int, int, int],
+        has_guidance: bool,
+    ) -> None:
+        """Take the slots in use.
+
+        Args:
+            unet: its spec.
+            latents: number, height and width.
+        """
+        self._slots, self._unet, self._layout = slots, unet, layout
+        self._latents, self._has_guidance = latents, has_guidance
+        self._made: dict[tuple[bool, ...], dict[str, Array]] = {}
+
+    def at(self, index: int, count: int) -> Mapping[str, Array]:
+        """Those of step `index` of `count`."""
+        active = tuple(slot.prompt.is_active(index, count) for slot in self._slots)
+        if active not in self._made:
+            self._made[active] = self._make(active)
+        return self._made[active]
+
+    def _make(self, active: tuple[bool, ...]) -> dict[str, Array]:
+        number, height, width = self._latents
+        images = [
+            guidance_batch(slot.image_kv if is_active else np.zeros_like(slot.image_kv), number, self._has_guidance)
+            for slot, is_active in zip(self._slots, active, strict=True)
+        ]
+        batch = 2 * number if self._has_guidance else number
+        masks = [slot.mask for slot in self._slots]
+        inputs = image_inputs(self._unet, self._layout, (batch, height, width), images, masks)
+        for array in inputs.values():
+            array.flags.writeable = False
+        return inputs

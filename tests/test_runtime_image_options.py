@@ -1,0 +1,76 @@
+"""The image options of `ipa-run` become fields of a request."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from ipa.engines.errors import RequestError
+from ipa.runtime.image_options import OPTIONS, image_fields
+from ipa.runtime.image_prompt import ImagePrompt
+
+
+def fields(**given: list[str]) -> dict[str, Any]:
+    assert set(given) <= set(OPTIONS)
+    return image_fields({option: given.get(option, []) for option in OPTIONS})
+
+
+def test_one_image_is_a_simple_request() -> None:
+    assert fields() == {}
+    assert fields(adapter=["a"]) == {"adapter": "a"}
+    assert fields(image=["x=1.png"]) == {"image": "x=1.png"}
+    assert fields(image=["cat.png"], adapter=["a=0.5"]) == {"image": "cat.png", "adapter": "a", "ip_adapter_scale": 0.5}
+    assert fields(image=["a=cat.png"], adapter=["a"]) == {"image": "cat.png", "adapter": "a"}
+    assert fields(ip_adapter_scale=["0"]) == {"ip_adapter_scale": 0.0}
+    assert fields(ip_adapter_scale=["style+layout"]) == {"ip_adapter_scale": "style+layout"}
+    assert fields(ip_adapter_scale=['{"mid": 1}']) == {"ip_adapter_scale": {"mid": 1}}
+
+
+def test_several_images_share_an_adapter() -> None:
+    assert fields(image=["1.png", "2.png"]) == {"image_prompts": (ImagePrompt(("1.png", "2.png")),)}
+
+
+def test_several_adapters_have_their_own_options() -> None:
+    found = fields(
+        adapter=["a=0.8", "b"],
+        image=["a=1.png", "b=3.png", "a=2.png"],
+        ip_adapter_scale=["b=0.25"],
+        ip_adapter_mask=["b=mask.png"],
+        ip_adapter_start=["a=0.1"],
+        ip_adapter_end=["b=0.5"],
+    )
+    first = ImagePrompt(("1.png", "2.png"), "a", 0.8, start=0.1)
+    second = ImagePrompt(("3.png",), "b", 0.25, masks=("mask.png",), end=0.5)
+    assert found == {"image_prompts": (first, second)}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"adapter": ["a", "b"], "image": ["cat.png"]}, r"--image cat.png: which adapter .* one of a, b"),
+        ({"adapter": ["a", "a"]}, "same adapter twice"),
+        ({"adapter": ["a", "b"], "image": ["a=cat.png"]}, r"no image of adapter 'b': add --image b=FILE"),
+        ({"adapter": ["a=0.5"], "ip_adapter_scale": ["1"], "image": ["x"]}, r"--ip-adapter-scale is given 2 times"),
+        ({"image": ["x"], "ip_adapter_scale": ["loud"]}, "neither a number nor one of style"),
+        ({"image": ["x"], "ip_adapter_scale": ["{"]}, "neither a number"),
+        ({"image": ["x"], "ip_adapter_scale": ["inf"]}, "finite"),
+        ({"image": ["x"], "ip_adapter_start": ["early"]}, "'early', expected a number from 0 to 1"),
+        ({"ip_adapter_mask": ["m.png"]}, "no image"),
+    ],
+)
+def test_bad_options(given: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        fields(**given)
+
+
+def test_a_prompt_survives_its_record() -> None:
+    prompt = ImagePrompt(("1.png",), "a", {"mid": 0.5}, masks=("m.png",), start=0.25)
+    assert ImagePrompt.from_record(json.loads(json.dumps(prompt.record()))) == prompt
+
+
+@pytest.mark.parametrize("record", ["x", {}, {"images": "x"}, {"images": ["x"], "colour": 1}, {"images": [1]}])
+def test_damaged_records(record: object) -> None:
+    with pytest.raises(RequestError):
+        ImagePrompt.from_record(record)
