@@ -46,7 +46,7 @@ def image_inputs(
         layout: of keys and values.
         latents: batch, height and width.
         images: (batch, tokens, kv), one for each slot in use.
-        masks: of each slot, (positions,) by level; `None`: the whole picture.
+        masks: of each slot, (batch, positions) by level; `None`: the whole picture.
     """
     batch, height, width = latents
     slots, dtype = ImageSlots.of(spec), spec.outputs[0].dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,17 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-def guidance_batch(halves: Array, num_images: int, has_guidance: bool) -> Array:
-    """The UNet batch for `num_images` pictures: all negatives first, then all positives.
+def guidance_batch(requests: Sequence[Array], counts: Sequence[int], has_guidance: bool) -> Array:
+    """The UNet batch for the pictures of several requests: all negatives first, then all positives.
 
     Args:
-        halves: (2, ...) negative and positive, or (1, ...) for both alike.
+        requests: of each (2, ...) negative and positive, or (1, ...) for both alike.
+        counts: pictures of each.
     Returns:
-        (2 * num_images, ...) with guidance, else (num_images, ...) of the positive half.
+        (2 * pictures, ...) with guidance, else (pictures, ...) of the positive halves.
     """
+    positives = [np.repeat(halves[-1:], count, axis=0) for halves, count in zip(requests, counts, strict=True)]
     if not has_guidance:
-        return np.repeat(halves[-1:], num_images, axis=0)
-    return np.repeat(np.broadcast_to(halves, (2, *halves.shape[1:])), num_images, axis=0)
+        return np.concatenate(positives)
+    negatives = [np.repeat(halves[:1], count, axis=0) for halves, count in zip(requests, counts, strict=True)]
+    return np.concatenate([*negatives, *positives])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -13,11 +15,12 @@ from ipa.engines.engine import Array, Engine
 from ipa.engines.errors import BundleError, RequestError
 from ipa.engines.manifest import AdapterRecord
 from ipa.engines.packed_kv import image_inputs, scale_values
-from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout
+from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, positions
 from ipa.runtime.block_scales import layer_scales
 from ipa.runtime.conditioning import guidance_batch
 from ipa.runtime.image_prompt import ImagePrompt, ImageSource
 from ipa.runtime.images import open_image, preprocess
+from ipa.runtime.kept import Kept
 from ipa.runtime.masks import binary_mask, mask_level
 
 OpenEngine = Callable[[str], Engine]  # by component
@@ -74,13 +77,14 @@ def opened(prompt: ImagePrompt) -> ImagePrompt:
 
 
 def image_slots(
-    prompts: Sequence[ImagePrompt], bundle: Bundle, engine: OpenEngine, height: int, width: int
+    prompts: Sequence[ImagePrompt], bundle: Bundle, engine: OpenEngine, kept: Kept, height: int, width: int
 ) -> list[Slot]:
     """Keys and values of every image prompt.
 
     Args:
         prompts: opened, see `opened`.
-        engine: opens a component.
+        engine: opens a component; called only for what is not kept.
+        kept: of earlier requests.
         height, width: of the picture to be made.
     Raises:
         RequestError: a mask does not fit the picture.
@@ -91,11 +95,12 @@ def image_slots(
     for prompt in prompts:
         record = bundle.adapter(str(prompt.adapter))
         scales = layer_scales(_scale(prompt), layout, manifest.family)
-        adapter = engine(f"ip_adapter/{prompt.adapter}")
         shown = []
         for image in prompt.images:
-            features = _both_halves(image, record, bundle, engine)
-            shown.append(scale_values(adapter(**{record.feature: features})["image_kv"], layout, scales))
+            assert isinstance(image, Image.Image)
+            key = ("image_kv", prompt.adapter, image.size, hashlib.sha256(image.tobytes()).digest())
+            image_kv = kept.get(key, partial(_image_kv, image, str(prompt.adapter), record, bundle, engine))
+            shown.append(scale_values(image_kv, layout, scales))
         if not prompt.masks:
             slots.append(Slot(np.concatenate(shown, axis=1), None, prompt))
         for image_kv, picture in zip(shown, prompt.masks, strict=False):
@@ -106,14 +111,19 @@ def image_slots(
     return slots
 
 
-def _both_halves(image: ImageSource, record: AdapterRecord, bundle: Bundle, engine: OpenEngine) -> Array:
+def _image_kv(image: Image.Image, name: str, record: AdapterRecord, bundle: Bundle, engine: OpenEngine) -> Array:
+    """Unscaled keys and values of the negative and the positive half, (2, tokens, kv)."""
+    features = _both_halves(image, record, bundle, engine)
+    return engine(f"ip_adapter/{name}")(**{record.feature: features})["image_kv"]
+
+
+def _both_halves(image: Image.Image, record: AdapterRecord, bundle: Bundle, engine: OpenEngine) -> Array:
     """The image feature of the negative and the positive half, (2, ...)."""
     if record.negative != "zeros":
         raise BundleError(
             f"an adapter makes its negative tokens by {record.negative!r}, this ipa-runtime knows 'zeros'; upgrade "
             "with `pip install -U ipa-runtime`"
         )
-    assert isinstance(image, Image.Image)
     encoder = engine("image_encoder")
     pixel_values = preprocess([image], bundle.manifest.image_processor).astype(encoder.spec.inputs[0].dtype)
     features = encoder(pixel_values=pixel_values)[record.feature]
@@ -130,38 +140,54 @@ class SlotInputs:
 
     def __init__(
         self,
-        slots: Sequence[Slot],
+        requests: Sequence[Sequence[Slot]],
+        counts: Sequence[int],
         unet: ComponentSpec,
         layout: KVLayout,
-        latents: tuple[int, int, int],
+        size: tuple[int, int],
         has_guidance: bool,
     ) -> None:
         """Take the slots in use.
 
         Args:
+            requests: the slots of each request of a batch, equal in number and tokens.
+            counts: pictures of each.
             unet: its spec.
-            latents: number, height and width.
+            size: height and width of the latents.
         """
-        self._slots, self._unet, self._layout = slots, unet, layout
-        self._latents, self._has_guidance = latents, has_guidance
+        self._requests, self._counts = requests, counts
+        self._unet, self._layout, self._size, self._has_guidance = unet, layout, size, has_guidance
         self._made: dict[tuple[bool, ...], dict[str, Array]] = {}
 
     def at(self, index: int, count: int) -> Mapping[str, Array]:
         """Those of step `index` of `count`."""
-        active = tuple(slot.prompt.is_active(index, count) for slot in self._slots)
+        active = tuple(slot.prompt.is_active(index, count) for slots in self._requests for slot in slots)
         if active not in self._made:
-            self._made[active] = self._make(active)
+            self._made[active] = self._make(index, count)
         return self._made[active]
 
-    def _make(self, active: tuple[bool, ...]) -> dict[str, Array]:
-        number, height, width = self._latents
-        images = [
-            guidance_batch(slot.image_kv if is_active else np.zeros_like(slot.image_kv), number, self._has_guidance)
-            for slot, is_active in zip(self._slots, active, strict=True)
-        ]
-        batch = 2 * number if self._has_guidance else number
-        masks = [slot.mask for slot in self._slots]
-        inputs = image_inputs(self._unet, self._layout, (batch, height, width), images, masks)
+    def _make(self, index: int, count: int) -> dict[str, Array]:
+        by_slot = list(zip(*self._requests, strict=True))  # each with one of every request
+        images, masks = [], []
+        for slots in by_slot:
+            shown = [
+                slot.image_kv if slot.prompt.is_active(index, count) else np.zeros_like(slot.image_kv) for slot in slots
+            ]
+            images.append(guidance_batch(shown, self._counts, self._has_guidance))
+            masks.append(self._joined_masks(slots))
+        batch = sum(self._counts) * (2 if self._has_guidance else 1)
+        inputs = image_inputs(self._unet, self._layout, (batch, *self._size), images, masks)
         for array in inputs.values():
             array.flags.writeable = False
         return inputs
+
+    def _joined_masks(self, slots: Sequence[Slot]) -> Mapping[int, Array] | None:
+        """The masks of one slot for the whole batch, (batch, positions) by level."""
+        if all(slot.mask is None for slot in slots):
+            return None
+        joined = {}
+        for level in set(self._layout.levels):
+            whole = np.ones(positions(level, *self._size), np.float32)
+            rows = [(whole if slot.mask is None else slot.mask[level])[None] for slot in slots]
+            joined[level] = guidance_batch(rows, self._counts, self._has_guidance)
+        return joined

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from ipa.engines.errors import BundleError, RequestError
 from ipa.engines.tensorrt_library import MODULES
 from ipa.runtime.conditioning import guidance_batch
 from ipa.runtime.denoise import Step, denoise
-from ipa.runtime.image_prompt import ImagePrompt
 from ipa.runtime.image_slots import Slot, SlotInputs, check_slots, image_slots, opened
 from ipa.runtime.images import to_images
-from ipa.runtime.noise import TorchGenerator
+from ipa.runtime.kept import Kept
 from ipa.runtime.request import Request
+from ipa.runtime.run import Run
 from ipa.runtime.schedulers import Schedule, create_scheduler
 from ipa.runtime.tokenizer import Tokenizer
 
@@ -72,6 +73,7 @@ class Pipeline(Closing):
                 f"--trust-engines {bundle.plans} is for --engine {' or '.join(MODULES)}, this is {self.choice}"
             )
         self._engines: dict[str, Engine] = {}
+        self._kept = Kept()
         self._closed_load_seconds = 0.0
         self._tokenizer = Tokenizer.open(bundle.file(self.manifest.tokenizer), self.manifest.text_tokens)
         self._scheduler_config = _read_json(bundle.file(self.manifest.scheduler))
@@ -128,34 +130,72 @@ class Pipeline(Closing):
             RequestError: the image cannot be read, or the bundle has no such adapter.
             EngineError: an engine cannot be opened or failed.
         """
-        request, schedule = self._resolved(request)
-        prompts = [opened(prompt) for prompt in request.all_image_prompts]
+        return self.run_batch([request], callback)[0]
+
+    def run_batch(self, requests: Sequence[Request], callback: Callback | None = None) -> list[Result]:
+        """Carry out several requests with one call of the UNet a step.
+
+        Args:
+            requests: what to make; all with the same `batch_key`.
+            callback: called after each step of the denoising loop.
+        Returns:
+            A result for each request; the seconds are those of the whole batch.
+        Raises:
+            RequestError: as `run`, or the requests differ in what a batch shares.
+            EngineError: as `run`.
+        """
+        runs = [self._prepared(request) for request in requests]
         seconds, loaded = {"load": 0.0}, self._load_seconds()
         if self.keep_engines:  # all at once: what cannot be opened is known before the work starts
-            self._load(request)
+            self._load([run.request for run in runs])
         with self._stage("text", seconds):
-            text_kv, warnings = self._text_kv(request)
+            runs = [run.with_text(*self._text_kv(run.request)) for run in runs]
         with self._stage("image", seconds):
-            slots = self._slots(request, prompts)
+            runs = [run.with_slots(self._slots(run)) for run in runs]
         with self._stage("denoise", seconds):
-            for step in self._denoise(request, schedule, text_kv, slots):
+            for step in self._denoise(runs):
                 if callback is not None:
                     callback(step)
         with self._stage("vae_decoder", seconds):
-            images = self._decode(step.latents)
+            images = iter(self._decode(step.latents))
         seconds["load"] = self._load_seconds() - loaded
-        return Result(images, request, warnings, step.count, seconds)
+        return [
+            Result(list(islice(images, run.count)), run.request, list(run.warnings), step.count, seconds)
+            for run in runs
+        ]
+
+    def batch_key(self, request: Request) -> Hashable:
+        """What requests must share to be carried out in one batch.
+
+        Raises:
+            RequestError: the request does not fit the bundle.
+        """
+        return self._key(self._resolved(request)[0])
 
     def steps(self, request: Request) -> Iterator[Step]:
         """The denoising loop alone, as a generator: the last step's latents are the final ones."""
-        request, schedule = self._resolved(request)
-        prompts = [opened(prompt) for prompt in request.all_image_prompts]
-        text_kv, _ = self._text_kv(request)
-        return self._denoise(request, schedule, text_kv, self._slots(request, prompts))
+        run = self._prepared(request)
+        run = run.with_text(*self._text_kv(run.request))
+        return self._denoise([run.with_slots(self._slots(run))])
 
-    def _load(self, request: Request) -> None:
+    def _prepared(self, request: Request) -> Run:
+        """The request checked, its pictures read."""
+        request, schedule = self._resolved(request)
+        return Run(request, schedule, tuple(opened(prompt) for prompt in request.all_image_prompts))
+
+    def _key(self, request: Request) -> Hashable:
+        tokens = [
+            self.bundle.adapter(str(prompt.adapter)).tokens * (1 if prompt.masks else len(prompt.images))
+            for prompt in request.all_image_prompts
+            for _ in range(prompt.slots)
+        ]
+        numbers = (request.num_inference_steps, request.guidance_scale, request.height, request.width, request.eta)
+        return (*numbers, request.scheduler, *tokens)
+
+    def _load(self, requests: Sequence[Request]) -> None:
         names = ["text_encoder", "text_kv", "unet", "vae_decoder"]
-        adapters = {f"ip_adapter/{prompt.adapter}": None for prompt in request.all_image_prompts}
+        prompts = (prompt for request in requests for prompt in request.all_image_prompts)
+        adapters = {f"ip_adapter/{prompt.adapter}": None for prompt in prompts}
         names += ["image_encoder", *adapters] if adapters else []
         for name in names:
             self._engine(name)
@@ -203,36 +243,42 @@ class Pipeline(Closing):
         if request.negative_prompt and not request.has_guidance:
             warnings.append(f"the negative prompt has no effect at guidance scale {request.guidance_scale}")
         input_ids = np.stack([encoding.ids for encoding in encodings.values()])
-        encoder_hidden_states = self._engine("text_encoder")(input_ids=input_ids)["encoder_hidden_states"]
-        return self._engine("text_kv")(encoder_hidden_states=encoder_hidden_states)["text_kv"], warnings
 
-    def _slots(self, request: Request, prompts: Sequence[ImagePrompt]) -> list[Slot]:
+        def encode() -> Array:
+            states = self._engine("text_encoder")(input_ids=input_ids)["encoder_hidden_states"]
+            return self._engine("text_kv")(encoder_hidden_states=states)["text_kv"]
+
+        return self._kept.get(("text_kv", input_ids.tobytes()), encode), warnings
+
+    def _slots(self, run: Run) -> list[Slot]:
         """What the UNet's image slots show."""
-        assert request.height and request.width
-        return image_slots(prompts, self.bundle, self._engine, request.height, request.width)
+        assert run.request.height and run.request.width
+        return image_slots(run.prompts, self.bundle, self._engine, self._kept, run.request.height, run.request.width)
 
-    def _denoise(self, request: Request, schedule: Schedule, text_kv: Array, slots: Sequence[Slot]) -> Iterator[Step]:
-        assert request.seed is not None and request.height and request.width and request.guidance_scale is not None
-        unet = self._engine("unet")
-        generator = TorchGenerator(request.seed)
-        downscale = self.manifest.vae.downscale
+    def _denoise(self, runs: Sequence[Run]) -> Iterator[Step]:
+        request, schedule = runs[0].request, runs[0].schedule
+        if len({self._key(run.request) for run in runs}) > 1:
+            raise RequestError("requests of one batch must have equal steps, sizes, guidance and image prompts")
+        assert request.height and request.width
+        unet, downscale = self._engine("unet"), self.manifest.vae.downscale
         channels = unet.spec.outputs[0].axes[1]
-        shape = (request.num_images, int(channels), request.height // downscale, request.width // downscale)
-        chosen = slice(None) if request.only is None else slice(request.only, request.only + 1)
+        shape = (int(channels), request.height // downscale, request.width // downscale)
+        sources = [run.noise(shape) for run in runs]
 
         def draw_noise() -> NDArray[np.float32]:
-            return generator.randn(shape)[chosen]
+            return np.concatenate([draw() for draw in sources])
 
         latents = draw_noise() * np.float32(schedule.init_noise_sigma)
-        text_kv = guidance_batch(text_kv, len(latents), request.has_guidance)
+        counts, has_guidance = [run.count for run in runs], request.has_guidance
+        text_kv = guidance_batch([run.text_kv for run in runs if run.text_kv is not None], counts, has_guidance)
         text_kv.flags.writeable = False  # so an engine may keep its copy over the steps
-        size = (len(latents), *latents.shape[2:])
-        images = SlotInputs(slots, unet.spec, self.manifest.kv_layout, size, request.has_guidance)
+        slots = [run.slots for run in runs]
+        images = SlotInputs(slots, counts, unet.spec, self.manifest.kv_layout, shape[1:], has_guidance)
 
         def conditions(index: int) -> Mapping[str, Array]:
             return {"text_kv": text_kv, **images.at(index, len(schedule.timesteps))}
 
-        guidance_scale = request.guidance_scale if request.has_guidance else None
+        guidance_scale = request.guidance_scale if has_guidance else None
         return denoise(unet, schedule, latents, conditions, guidance_scale, draw_noise)
 
     def _decode(self, latents: NDArray[np.float32]) -> list[Image.Image]:

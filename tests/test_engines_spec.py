@@ -57,6 +57,8 @@ def test_scaling_touches_values_alone_and_keeps_the_dtype() -> None:
 
 def test_the_negative_half_comes_first() -> None:
     halves = np.array([[-1.0], [1.0]])
-    np.testing.assert_array_equal(guidance_batch(halves, 2, True), [[-1], [-1], [1], [1]])
-    np.testing.assert_array_equal(guidance_batch(halves, 2, False), [[1], [1]])
-    np.testing.assert_array_equal(guidance_batch(halves[:1], 1, True), [[-1], [-1]])
+    np.testing.assert_array_equal(guidance_batch([halves], [2], True), [[-1], [-1], [1], [1]])
+    np.testing.assert_array_equal(guidance_batch([halves], [2], False), [[1], [1]])
+    np.testing.assert_array_equal(guidance_batch([halves[:1]], [1], True), [[-1], [-1]])
+    two = guidance_batch([halves, 2 * halves], [1, 2], True)
+    np.testing.assert_array_equal(two, [[-1], [-2], [-2], [1], [2], [2]])

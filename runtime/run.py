@@ -1,0 +1,63 @@
+"""A request on its way through the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipa.runtime.image_prompt import ImagePrompt
+from ipa.runtime.image_slots import Slot
+from ipa.runtime.noise import TorchGenerator
+from ipa.runtime.request import Request
+from ipa.runtime.schedulers import Schedule
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a request so far.
+
+    Attributes:
+        request: resolved.
+        schedule: its run of the scheduler.
+        prompts: its image prompts, opened.
+        text_kv: (2, text_tokens, kv) keys and values of negative and positive prompt.
+        slots: what the UNet's image slots show.
+        warnings: for the user.
+    """
+
+    request: Request
+    schedule: Schedule
+    prompts: tuple[ImagePrompt, ...]
+    text_kv: Array | None = None
+    slots: tuple[Slot, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def with_text(self, text_kv: Array, warnings: Sequence[str]) -> Self:
+        """This with the text encoded."""
+        return replace(self, text_kv=text_kv, warnings=(*self.warnings, *warnings))
+
+    def with_slots(self, slots: Sequence[Slot]) -> Self:
+        """This with the image prompts encoded."""
+        return replace(self, slots=tuple(slots))
+
+    @property
+    def count(self) -> int:
+        """How many pictures it makes."""
+        return self.request.num_images if self.request.only is None else 1
+
+    def noise(self, shape: tuple[int, int, int]) -> Callable[[], NDArray[np.float32]]:
+        """What draws the next noise of this request's pictures.
+
+        Args:
+            shape: channels, height and width of the latents.
+        """
+        assert self.request.seed is not None
+        generator, only = TorchGenerator(self.request.seed), self.request.only
+        chosen = slice(None) if only is None else slice(only, only + 1)
+        return lambda: generator.randn((self.request.num_images, *shape))[chosen]
