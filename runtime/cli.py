@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -12,6 +13,7 @@ import click
 
 from ipa.engines.errors import IpaError
 
+EXIT_FAILED = 1  # some requests of many
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -42,6 +44,10 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.option("--engine", metavar="NAME", help="auto, or one of those that `ipa-doctor` lists.  [default: auto]")
 @click.option("--trust-engines", metavar="DIR", help="Run the engine plans in DIR, native code that others built.")
 @click.option("--output", metavar="FILE_OR_DIR", help="A .png file, or a folder.  [default: the current folder]")
+@click.option("--requests", metavar="FILE", help="JSONL: an object a line with an id and fields of a request.")
+@click.option(
+    "--batch", type=click.IntRange(1), metavar="N", help="Pictures at once of --requests.  [default: by engine]"
+)
 @click.option("--from", "source", metavar="PNG", help="Make a picture of ours again; other options override its own.")
 @click.option("--no-metadata", is_flag=True, help="Write PNG files without the request.")
 @click.option("--timings", is_flag=True, help="Print the time of each stage.")
@@ -53,6 +59,8 @@ def run(
     output: str | None,
     source: str | None,
     trust_engines: str | None,
+    requests: str | None,
+    batch: int | None,
     no_metadata: bool,
     timings: bool,
     output_format: str,
@@ -67,6 +75,11 @@ def run(
 
     images = image_fields({name: fields.pop(name) for name in OPTIONS})
     given = {name: value for name, value in fields.items() if value is not None} | images
+    if requests is not None or batch is not None:
+        if requests is None or source is not None or timings:
+            raise click.UsageError("--batch goes with --requests, which goes without --from and --timings")
+        _run_requests(requests, given, bundle, engine, output, trust_engines, batch, not no_metadata, output_format)
+        return
     places = {"bundle": bundle, "output": output, "source": source, "trust_engines": trust_engines}
     job = Job.plan(given, engine=engine, **places)
     report = job.run(has_metadata=not no_metadata, show=_progress, check=_Interrupt().check)
@@ -81,6 +94,47 @@ def run(
         click.echo(path)
     if timings:
         click.echo(report.timings())
+
+
+def _run_requests(
+    requests: str,
+    defaults: dict[str, Any],
+    bundle: str | None,
+    engine: str | None,
+    output: str | None,
+    trust_engines: str | None,
+    batch: int | None,
+    has_metadata: bool,
+    output_format: str,
+) -> None:
+    """Carry out a file of requests; exit code 1 if some could not be."""
+    from pathlib import Path
+
+    from ipa.runtime.demo import demo_bundle
+    from ipa.runtime.pipeline import Pipeline
+    from ipa.runtime.request_lines import read_lines
+    from ipa.runtime.request_run import RequestRun, usual_batch
+
+    lines = read_lines(Path(requests), defaults)
+    folder = None if bundle is None else Path(bundle)
+    run = RequestRun(lines, Path(output or "."), folder)
+    with _progress(len(lines), "request") as bar:
+
+        def report(line: Any, result: Any, problem: str) -> None:
+            bar.update()
+            if problem:
+                bar.write(f"ipa-run: {requests}, line {line.number}: {problem}", file=sys.stderr)
+            for warning in result.warnings if result is not None else ():
+                bar.write(f"ipa-run: warning: {requests}, line {line.number}: {warning}", file=sys.stderr)
+
+        plans = None if trust_engines is None else Path(trust_engines)
+        with Pipeline.open(folder or demo_bundle(), engine=engine or "auto", trust_engines=plans) as pipeline:
+            size = batch or usual_batch(pipeline)
+            check = _Interrupt().check
+            summary = run.run(pipeline, size, has_metadata=has_metadata, report=report, check=check)
+    click.echo(json.dumps(asdict(summary)) if output_format == "json" else f"{run.output}: {summary}")
+    if summary.failed:
+        sys.exit(EXIT_FAILED)
 
 
 class _Interrupt:
@@ -100,11 +154,11 @@ class _Interrupt:
             raise KeyboardInterrupt
 
 
-def _progress(count: int) -> Any:
-    """A progress bar over `count` steps with a rate; silent without a terminal."""
+def _progress(count: int, unit: str = "step") -> Any:
+    """A progress bar with a rate; silent without a terminal."""
     from tqdm import tqdm
 
-    return tqdm(total=count, unit="step", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
+    return tqdm(total=count, unit=unit, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
 
 
 def main() -> None:

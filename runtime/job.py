@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ipa.engines.bundle import hash_file
 from ipa.engines.errors import EngineError, RequestError
 from ipa.engines.registry import Choice
 from ipa.runtime.demo import demo_bundle
 from ipa.runtime.denoise import Step
-from ipa.runtime.image_prompt import ImagePrompt, ImageSource
-from ipa.runtime.metadata import pnginfo, read_request
-from ipa.runtime.output import check_writable, output_paths, write_png
+from ipa.runtime.image_prompt import ImagePrompt
+from ipa.runtime.metadata import read_request
+from ipa.runtime.output import check_writable, output_paths
 from ipa.runtime.pipeline import Pipeline, Result
+from ipa.runtime.record import image_hash, origin, request_record, write_pictures
 from ipa.runtime.request import Request
 
 _REQUEST_FIELDS = frozenset(Request.__dataclass_fields__)
@@ -104,7 +103,7 @@ class Job:
             raise RequestError("nothing to draw from: give --prompt, --image or both")
         warnings = []
         has_own_image = "image" in given or "image_prompts" in given
-        if "image_sha256" in recorded and not has_own_image and _image_hash(request) != recorded["image_sha256"]:
+        if "image_sha256" in recorded and not has_own_image and image_hash(request) != recorded["image_sha256"]:
             what = "an image" if request.image is None else request.image
             warnings.append(f"{what} is not the image that {source} was made with; the result will differ")
         folder = bundle if bundle is not None else recorded.get("bundle")
@@ -146,18 +145,13 @@ class Job:
             finally:
                 if bar is not None:
                     bar.close()
-            origin, engine = self._origin(pipeline), pipeline.choice
+            about, engine = origin(pipeline, self.request, self.bundle), pipeline.choice
         warnings = [*self.warnings, *warnings, *result.warnings]
-        if self.unet_sha256 not in (None, origin["unet_sha256"]):
+        if self.unet_sha256 not in (None, about["unet_sha256"]):
             warnings.append("the bundle's UNet is not the one that made the picture; the result will differ")
         assert result.request.seed is not None
         paths = output_paths(self.output, len(result.images), result.request.seed)
-        for index, (image, path) in enumerate(zip(result.images, paths, strict=True)):
-            info = None
-            if has_metadata:
-                only = index if result.request.only is None and len(paths) > 1 else result.request.only
-                info = pnginfo({**request_record(replace(result.request, only=only)), **origin})
-            write_png(image, path, info)
+        write_pictures(result, paths, about if has_metadata else None)
         return Report(paths, result, engine, str(self.bundle or "demo"), warnings)
 
     def _open(self) -> tuple[Pipeline, list[str]]:
@@ -171,33 +165,3 @@ class Job:
         except EngineError as error:
             warning = f"the picture was made with the engine '{self.recorded_engine}': {error}; small differences"
             return Pipeline.open(folder, engine=self.engine, **options), [warning]
-
-    def _origin(self, pipeline: Pipeline) -> dict[str, Any]:
-        """What else decided the pictures: models by hash, the engine, and the image's content."""
-        return {
-            "bundle": None if self.bundle is None else str(self.bundle),
-            "image_sha256": _image_hash(self.request),
-            "unet_sha256": pipeline.manifest.components["unet"].files[-1].sha256,
-            "engine": pipeline.engine,
-            "version": version("ipa-runtime"),
-        }
-
-
-def request_record(request: Request) -> dict[str, Any]:
-    """A request as JSON values; a picture that came from no file is left out."""
-    record = asdict(replace(request, image=None, image_prompts=()))
-    record["image"] = str(request.image) if isinstance(request.image, str | Path) else None
-    record["image_prompts"] = [prompt.record() for prompt in request.image_prompts]
-    return record
-
-
-def _image_hash(request: Request) -> str | list[str | None] | None:
-    """Of the image; where there are several prompts, of all their images and masks."""
-    if not request.image_prompts:
-        return _file_hash(request.image)
-    return [_file_hash(picture) for prompt in request.image_prompts for picture in (*prompt.images, *prompt.masks)]
-
-
-def _file_hash(picture: ImageSource | None) -> str | None:
-    path = Path(picture) if isinstance(picture, str | Path) else None
-    return hash_file(path) if path is not None and path.is_file() else None

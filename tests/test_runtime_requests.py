@@ -1,0 +1,142 @@
+"""`ipa-run --requests`: many requests, resumed, batched, with bad ones among them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ipa.engines.errors import RequestError
+from ipa.runtime import Pipeline, Request
+from ipa.runtime.request_lines import read_lines
+from ipa.runtime.request_run import RESULTS_FILE, RequestRun
+
+FIELDS = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 4.0}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for seed in (1, 2):
+        pixels = np.random.default_rng(seed).integers(0, 255, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((60, 60)).save(tmp_path / f"{seed}.png")
+    return tmp_path
+
+
+def write(folder: Path, *records: Any) -> Path:
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    file = folder / "requests.jsonl"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def carry_out(file: Path, bundle: Path, batch: int = 1) -> tuple[RequestRun, list[tuple[int, str]]]:
+    problems: list[tuple[int, str]] = []
+    run = RequestRun(read_lines(file, FIELDS), file.parent / "out", bundle)
+    with Pipeline.open(bundle, engine="onnxruntime") as pipeline:
+        run.run(
+            pipeline,
+            batch,
+            has_metadata=True,
+            report=lambda line, result, problem: problems.append((line.number, problem)) if problem else None,
+        )
+    return run, problems
+
+
+def pixels(path: Path) -> Any:
+    return np.asarray(Image.open(path), int)
+
+
+THREE = (
+    {"id": "a", "image": "1.png", "prompt": "a cat", "seed": 1},
+    {"id": "b", "image": "2.png", "prompt": "a red dog", "seed": 2, "num_samples": 2},
+    {"id": "c", "prompt": "a cat", "seed": 3},
+)
+
+
+def test_pictures_are_those_of_single_requests(folder: Path, tiny_bundle: Path) -> None:
+    run, problems = carry_out(write(folder, *THREE), tiny_bundle)
+    assert (problems, run.summary.done) == ([], 3)
+    assert sorted(path.name for path in run.output.glob("*.png")) == ["a.png", "b-0.png", "b-1.png", "c.png"]
+    with Pipeline.open(tiny_bundle, engine="onnxruntime") as pipeline:
+        request = Request(image=folder / "2.png", prompt="a red dog", seed=2, num_images=2, **FIELDS)
+        for index, image in enumerate(pipeline.run(request).images):
+            np.testing.assert_array_equal(pixels(run.output / f"b-{index}.png"), np.asarray(image))
+
+
+def test_a_batch_shows_each_request_its_own_image(folder: Path, tiny_bundle: Path) -> None:
+    same_shapes = [{**THREE[0], "id": str(seed), "image": f"{1 + seed % 2}.png", "seed": seed} for seed in range(4)]
+    alone, _ = carry_out(write(folder, *same_shapes), tiny_bundle)
+    single = {path.name: pixels(path) for path in alone.output.glob("*.png")}
+    for path in alone.output.iterdir():
+        path.unlink()
+    together, _ = carry_out(write(folder, *same_shapes), tiny_bundle, batch=4)
+    assert together.summary.done == 4
+    for name, expected in single.items():  # the same sums in kernels tiled for another batch
+        assert np.abs(pixels(together.output / name) - expected).max() <= 2
+
+
+def test_what_is_done_is_not_done_again(folder: Path, tiny_bundle: Path) -> None:
+    file = write(folder, *THREE)
+    first, _ = carry_out(file, tiny_bundle)
+    (first.output / "a.png").unlink()
+    with (first.output / RESULTS_FILE).open("a") as results:
+        results.write('{"id": "c", "ima')  # cut off by a crash
+    write(folder, *THREE[:2], {**THREE[2], "seed": 4}, {"id": "d", "prompt": "a dog", "seed": 0})
+    second, _ = carry_out(file, tiny_bundle)
+    assert (second.summary.done, second.summary.skipped) == (3, 1)  # a lost its picture, c has changed, d is new
+    third, _ = carry_out(file, tiny_bundle)
+    assert (third.summary.done, third.summary.skipped) == (0, 4)
+
+
+def test_bad_lines_do_not_stop_the_rest(folder: Path, tiny_bundle: Path) -> None:
+    bad = (
+        "{",
+        "[1]",
+        {"id": "../x", "prompt": "a"},
+        {"id": "a", "prompt": "twice"},
+        {"prompt": "a", "colour": "red"},
+        {"prompt": "a", "num_inference_steps": 0},
+        {"prompt": "a", "image": "missing.png"},
+        {"prompt": "a", "image": "1.png", "adapter": "unknown"},
+        {},
+        {"prompt": "a", "image_prompts": [{"images": []}]},
+    )
+    run, problems = carry_out(write(folder, THREE[0], "", *bad, THREE[2]), tiny_bundle, batch=8)
+    assert [number for number, _ in sorted(problems)] == [*range(3, 13)]
+    assert (run.summary.done, run.summary.failed) == (2, 10)
+    said = dict(problems)
+    for number, part in ((3, "not JSON"), (5, "'../x'"), (6, "line 1"), (7, "'colour'"), (9, "missing.png")):
+        assert part in said[number]
+
+
+def test_one_spoilt_request_of_a_batch_fails_alone(folder: Path, tiny_bundle: Path) -> None:
+    file = write(folder, *({**THREE[0], "id": name, "image": f"{name}.png"} for name in ("1", "gone", "2")))
+    run, problems = carry_out(file, tiny_bundle, batch=3)
+    assert (run.summary.done, [number for number, _ in problems]) == (2, [2])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])
+def test_files_that_hold_no_requests(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "requests.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(RequestError, match=r"--requests .*requests\.jsonl"):
+        read_lines(file, {})
+
+
+def test_the_command(folder: Path, tiny_bundle: Path) -> None:
+    file = write(folder, THREE[0], "{")
+    command = [Path(sys.executable).parent / "ipa-run", "--requests", file, "--bundle", tiny_bundle, "--steps", "1"]
+    command += ["--height", "64", "--width", "64", "--output", folder / "out", "--engine", "onnxruntime"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "line 2: is not JSON" in done.stderr
+    assert "1 done, 0 done before, 1 failed" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert (folder / "out" / "a.png").is_file()
