@@ -79,7 +79,7 @@ def _record(text: str) -> dict[str, Any]:
         raise RequestError(f"is not JSON ({error})") from error
     if not isinstance(record, dict):
         raise RequestError("is not a JSON object")
-    return {_ALIASES[key] if key in _ALIASES else key: value for key, value in record.items()}
+    return {_ALIASES.get(str(key), str(key)): value for key, value in record.items()}
 
 
 def _name(record: Mapping[str, Any], number: int) -> str:
