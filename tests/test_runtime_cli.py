@@ -258,7 +258,7 @@ def test_images_that_cannot_be_read(ipa_run: Run, tmp_path: Path, make: Callable
         (["--seed", -1], "seed is -1"),
         (["--seed", 2**64], f"seed is {2**64}"),
         (["--num-images", 0], "num_images is 0"),
-        (["--scheduler", "karras"], "unknown scheduler 'karras', expected one of ddim, pndm"),
+        (["--scheduler", "karras"], "unknown scheduler 'karras', expected one of ddim, pndm, euler, "),
         (["--eta", 2], "eta is 2.0, expected 0 to 1"),
         (["--eta", 0.5, "--scheduler", "pndm"], "eta"),
         (["--engine", "warp"], "unknown engine 'warp', expected one of auto, tensorrt, tensorrt-rtx, "),
