@@ -24,7 +24,7 @@ REQUEST_KEY = "ipa_request"
 _MAX_TEXT_BYTES = 1024**2
 
 # Our scheduler names -> AUTOMATIC1111's sampler and schedule type. PNDM without its Runge-Kutta start is the method
-# called PLMS. `Automatic` is the sampler's own type: Karras for DPM++ 2M, and Uniform, that of the timesteps, elsewhere.
+# called PLMS. `Automatic` is the sampler's own type: Karras for DPM++ 2M, whose other one here is Uniform.
 _SAMPLERS = {
     "ddim": ("DDIM", "Automatic"),
     "pndm": ("PLMS", "Automatic"),

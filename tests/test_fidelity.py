@@ -77,7 +77,8 @@ def reference_image() -> Image.Image:
 
 def run_diffusers(oracle: Any, image: Image.Image, request: Request, output_type: str) -> Any:
     kind, options = SCHEDULERS[str(request.scheduler)]
-    oracle.scheduler = kind.from_config(oracle.scheduler.config, **options)
+    # From the file each time: the configuration of a live scheduler has kept options of those that it went through.
+    oracle.scheduler = kind.from_pretrained(oracle.name_or_path, subfolder="scheduler", **options)
     oracle.set_ip_adapter_scale(request.ip_adapter_scale)
     assert request.seed is not None
     return oracle(

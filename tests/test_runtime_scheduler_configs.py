@@ -94,6 +94,13 @@ def test_karras_sigmas_by_name_or_by_configuration() -> None:
         assert ours.name == "dpm++-2m-karras"
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_spacing_of_null_is_off(name: str) -> None:
+    """diffusers' `bool | None`."""
+    config = SD15 | {"use_karras_sigmas": None, "use_exponential_sigmas": None, "use_beta_sigmas": None}
+    assert create_scheduler(name, config).config == create_scheduler(name, SD15).config  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("name", ["ddim", "pndm", "euler-ancestral", "lcm", "ddpm"])
 def test_spacings_of_the_scheduler_a_file_is_of_mean_nothing_to_others(name: str) -> None:
     """As in diffusers: `DDIMScheduler.from_config` of a scheduler with karras sigmas has none."""

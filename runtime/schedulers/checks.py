@@ -38,5 +38,6 @@ def check_first_timestep(prediction_type: str, timestep: int, alpha: float) -> N
     if prediction_type == "epsilon" and alpha == 0:
         raise BundleError(
             f"scheduler_config.json: timestep {timestep} is pure noise (rescale_betas_zero_snr), where a model "
-            "of prediction_type 'epsilon' says nothing; set timestep_spacing to 'leading' or the option to false"
+            "of prediction_type 'epsilon' says nothing; set the option to false, or (not for lcm) timestep_spacing to "
+            "'leading'"
         )

@@ -122,7 +122,7 @@ class SchedulerConfig:
         options = {}
         for key, value in config.items():
             if key in types:
-                if key not in defaulted:
+                if key not in defaulted and not (value is None and key in _SPACING_KEYS):  # diffusers: bool | None
                     typed = _typed(key, value, types[key])
                     options[key] = cls.ALIASES[key].get(typed, typed) if key in cls.ALIASES else typed
             elif key in _FLOW_KEYS or key in _SPACING_KEYS:
