@@ -124,8 +124,7 @@ class DPMSolverSchedule(MultistepSchedule):
     def _transfer(self, index: int, latents: Array, history: tuple[Array, ...]) -> Array:
         """Latents at the next level, from the newest predictions of the clean latents, the newest last.
 
-        Source: formula (7) for the first order, algorithm 2 for the second; arXiv:2206.00927, formulas (B.4) and
-        (B.11), for `heun` and the third.
+        Source: arXiv:2211.01095, DPM-Solver++(2M) for `midpoint`; diffusers for `heun` and the third order.
         """
         sigma, target = self.sigmas[index], self.sigmas[index + 1]
         if sigma == target:

@@ -1,4 +1,4 @@
-"""Euler's method with ancestral noise. Source: arXiv:2011.13456, appendix F; k-diffusion's `sample_euler_ancestral`."""
+"""Euler's method with ancestral noise. Source: arXiv:2011.13456; k-diffusion's `sample_euler_ancestral`."""
 
 from __future__ import annotations
 

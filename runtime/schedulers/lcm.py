@@ -1,4 +1,4 @@
-"""Latent consistency sampling, as an LCM-LoRA in an ordinary UNet needs it. Source: arXiv:2310.04378, algorithm 3."""
+"""Latent consistency sampling, as an LCM-LoRA in an ordinary UNet needs it. Source: arXiv:2310.04378."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ipa.runtime.schedulers.config import ClippingConfig, bad_option
 from ipa.runtime.schedulers.predictions import predicted_clean
 from ipa.runtime.schedulers.schedule import Array, State
 
-SIGMA_DATA = 0.5  # standard deviation of the data. Source: arXiv:2303.01469, appendix C
+SIGMA_DATA = 0.5  # standard deviation of the data. Source: arXiv:2303.01469
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class LCMSchedule:
         clean = predicted_clean(prediction_type, noise_pred, latents, math.sqrt(alpha), math.sqrt(1 - alpha))
         clean = clipped(self.config, clean)
 
-        # The boundary condition: at timestep 0 the latents are clean. Source: arXiv:2303.01469, appendix C.
+        # The boundary condition: at timestep 0 the latents are clean. Source: arXiv:2303.01469.
         scaled = timestep * self.config.timestep_scaling
         skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         denoised = scaled / math.sqrt(scaled**2 + SIGMA_DATA**2) * clean + skip * latents

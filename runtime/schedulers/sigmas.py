@@ -18,7 +18,7 @@ from ipa.runtime.schedulers.config import SigmaConfig, ZeroSNRConfig
 
 Float64s = NDArray[np.float64]
 
-RHO = 7  # arXiv:2206.00364, appendix D.1
+RHO = 7  # arXiv:2206.00364
 LEAST_ALPHA = 2.0**-24  # instead of 0 after the rescaling to zero SNR, so that no sigma is infinite
 
 
@@ -72,7 +72,7 @@ def respaced(config: SigmaConfig, largest: float, smallest: float, count: int) -
         config: of the scheduler.
         largest, smallest: ends of the range.
         count: how many.
-    Source: arXiv:2206.00364, formula (5), for karras; arXiv:2206.00927, section 3.3, for uniform log-SNR ("lu").
+    Source: arXiv:2206.00364, formula (5), for karras; arXiv:2206.00927 for uniform log-SNR ("lu").
     """
     if config.use_karras_sigmas:
         first, last = largest ** (1 / RHO), smallest ** (1 / RHO)

@@ -126,7 +126,7 @@ class UniPCSchedule(MultistepSchedule):
             latents: where it began.
             history: predictions up to there, the newest last.
             arrived: the prediction at the next level, for the corrector.
-        Source: formulas (3) and (8) for the corrector, (9) for the predictor.
+        Source: arXiv:2302.04867, UniP-p and UniC-p with B(h).
         """
         sigma, target = self.sigmas[index], self.sigmas[index + 1]
         if sigma == target:
@@ -159,7 +159,7 @@ def _weights(ratios: list[float], rate: float, basis: float) -> list[float]:
         ratios: how far away each prediction is in lambda, in steps; 1 is where the step leads.
         rate: length of the step in lambda, negative for clean latents.
         basis: B(h) of the paper.
-    Source: formula (5); for a single difference any B(h) allows one half.
+    With a single difference one half will do for any B(h), as the paper and diffusers have it.
     """
     if len(ratios) <= 1:
         return [0.5] * len(ratios)
