@@ -12,6 +12,7 @@ Source: Lavin and Gray, arXiv:1509.09308, section 4; the points of the larger ti
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -111,7 +112,7 @@ def _convolutions(model: ModelProto, sizes: Mapping[str, int]) -> dict[str, Conv
     nominal.CopyFrom(model)
     for value in (*nominal.graph.input, *nominal.graph.output):
         for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_param:
+            with suppress(KeyError):  # an axis of another kind stays free
                 dimension.dim_value = axis_size(dimension.dim_param, sizes)
     inferred = shape_inference.infer_shapes(nominal, data_prop=True).graph
     shapes = {

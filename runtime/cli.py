@@ -14,6 +14,8 @@ import click
 from ipa.engines.errors import IpaError
 
 EXIT_FAILED = 1  # some requests of many
+# Those of `ipa.runtime.schedulers.SCHEDULER_NAMES`, written out: the help needs no numpy.
+SCHEDULERS = "ddim, pndm, euler, euler-ancestral, dpm++-2m, dpm++-2m-karras, unipc, lcm, ddpm"
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -39,7 +41,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.option("--num-images", type=int, metavar="N", help="How many pictures to make at once.  [default: 1]")
 @click.option("--height", type=int, metavar="H", help="Pixels, a multiple of 8.")
 @click.option("--width", type=int, metavar="W", help="Pixels, a multiple of 8.")
-@click.option("--scheduler", metavar="ddim|pndm", help="Noise scheduler.  [default: the bundle's]")
+@click.option("--scheduler", metavar="NAME", help=f"Noise scheduler: {SCHEDULERS}.  [default: the bundle's]")
 @click.option("--eta", type=float, metavar="E", help="Noise added back at each DDIM step, 0 to 1.  [default: 0]")
 @click.option("--engine", metavar="NAME", help="auto, or one of those that `ipa-doctor` lists.  [default: auto]")
 @click.option("--trust-engines", metavar="DIR", help="Run the engine plans in DIR, native code that others built.")

@@ -21,13 +21,13 @@ class Step:
 
     Attributes:
         index, count: this step, from 0, and how many there are.
-        timestep: training index the step started from, 0 to 999.
+        timestep: training index the step started from, 0 to 999; some schedulers go between them.
         latents: (batch, 4, height / 8, width / 8) float32, after the step.
     """
 
     index: int
     count: int
-    timestep: int
+    timestep: float
     latents: NDArray[np.float32]
 
 
@@ -75,4 +75,4 @@ def denoise(
             noise_pred = split_guidance(noise_pred, guidance_scale)
         noise = draw_noise() if schedule.needs_noise(index) else None
         latents, state = schedule.step(index, noise_pred, latents, state, noise)
-        yield Step(index, len(schedule.timesteps), int(timestep), latents)
+        yield Step(index, len(schedule.timesteps), float(timestep), latents)

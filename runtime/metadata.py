@@ -23,8 +23,19 @@ REQUEST_KEY = "ipa_request"
 
 _MAX_TEXT_BYTES = 1024**2
 
-# Our scheduler names -> AUTOMATIC1111's. PNDM without its Runge-Kutta start is the method called PLMS.
-_SAMPLERS = {"ddim": "DDIM", "pndm": "PLMS"}
+# Our scheduler names -> AUTOMATIC1111's sampler and schedule type. PNDM without its Runge-Kutta start is the method
+# called PLMS. `Automatic` is the sampler's own type: Karras for DPM++ 2M, whose other one here is Uniform.
+_SAMPLERS = {
+    "ddim": ("DDIM", "Automatic"),
+    "pndm": ("PLMS", "Automatic"),
+    "euler": ("Euler", "Automatic"),
+    "euler-ancestral": ("Euler a", "Automatic"),
+    "dpm++-2m": ("DPM++ 2M", "Uniform"),
+    "dpm++-2m-karras": ("DPM++ 2M", "Karras"),
+    "unipc": ("UniPC", "Automatic"),
+    "lcm": ("LCM", "Automatic"),
+    "ddpm": ("DDPM", "Automatic"),
+}
 
 
 def pnginfo(request: Mapping[str, Any]) -> PngInfo:
@@ -47,10 +58,11 @@ def parameters_text(request: Mapping[str, Any]) -> str:
         ValueError: the request holds NaN or an infinity, which JSON cannot say.
     """
     pairs = {"Steps": request["num_inference_steps"]}
+    schedule_type = "Automatic"
     if request["scheduler"] is not None:  # None is the bundle's own
-        pairs |= {"Sampler": _SAMPLERS[request["scheduler"]]}
+        pairs["Sampler"], schedule_type = _SAMPLERS[request["scheduler"]]
     pairs |= {
-        "Schedule type": "Automatic",
+        "Schedule type": schedule_type,
         "CFG scale": _number(request["guidance_scale"]),
         "Seed": request["seed"],
         "Size": f"{request['width']}x{request['height']}",

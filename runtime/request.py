@@ -39,7 +39,7 @@ class Request:
         num_images: pictures drawn from one generator, as diffusers' `num_images_per_prompt`.
         only: make just the picture with this index of the `num_images`.
         height, width: pixels, multiples of 8.
-        scheduler: `ddim` or `pndm`; `None` is the bundle's own.
+        scheduler: one of `ipa.runtime.schedulers.SCHEDULER_NAMES`; `None` is the bundle's own.
         eta: noise added back at each step, DDIM only; 0 is deterministic.
     """
 

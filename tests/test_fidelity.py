@@ -15,15 +15,37 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 
 from ipa.runtime import Pipeline, Request
+from ipa.runtime.schedulers import SCHEDULER_NAMES
 
 STEPS = 5
 PROMPT, NEGATIVE = "a photo of a cat, on the grass", "red dog"
 SIZES = ((64, 64), (72, 104))
 COUNTS = (1, 3)
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {}),
+    "pndm": (PNDMScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler-ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "dpm++-2m": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False}),
+    "dpm++-2m-karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "lcm": (LCMScheduler, {}),
+    "ddpm": (DDPMScheduler, {}),
+}
 CASES = [
     (scheduler, guidance, scale, SIZES[(i // 2) % 2], COUNTS[i % 2])
     for i, (scheduler, guidance, scale) in enumerate(product(("ddim", "pndm"), (1.0, 6.0), (0.0, 0.6, 1.3)))
@@ -54,8 +76,9 @@ def reference_image() -> Image.Image:
 
 
 def run_diffusers(oracle: Any, image: Image.Image, request: Request, output_type: str) -> Any:
-    kinds = {"ddim": DDIMScheduler, "pndm": PNDMScheduler}
-    oracle.scheduler = kinds[str(request.scheduler)].from_config(oracle.scheduler.config)
+    kind, options = SCHEDULERS[str(request.scheduler)]
+    # From the file each time: the configuration of a live scheduler has kept options of those that it went through.
+    oracle.scheduler = kind.from_pretrained(oracle.name_or_path, subfolder="scheduler", **options)
     oracle.set_ip_adapter_scale(request.ip_adapter_scale)
     assert request.seed is not None
     return oracle(
@@ -124,6 +147,19 @@ def test_latents_equal_diffusers(
         num_images=count,
     )
     assert_same_latents(last_latents(pipeline, request), run_diffusers(oracle, reference_image, request, "latent"))
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS.keys() - {"ddim", "pndm"}))
+def test_latents_of_every_scheduler_equal_diffusers(
+    oracle: Any, pipeline: Pipeline, reference_image: Image.Image, scheduler: str
+) -> None:
+    """With adapter and guidance, two pictures from one generator, as each scheduler draws its noise."""
+    request = make_request(reference_image, scheduler=scheduler, num_images=2)
+    assert_same_latents(last_latents(pipeline, request), run_diffusers(oracle, reference_image, request, "latent"))
+
+
+def test_every_scheduler_is_compared() -> None:
+    assert tuple(SCHEDULERS) == SCHEDULER_NAMES
 
 
 @pytest.mark.parametrize("seed", [0, 2**32, 2**64 - 1])

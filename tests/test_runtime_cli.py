@@ -15,7 +15,8 @@ from PIL import Image
 
 from ipa.engines.registry import Backend
 from ipa.runtime import Pipeline
-from ipa.runtime.cli import main
+from ipa.runtime.cli import SCHEDULERS, main
+from ipa.runtime.schedulers import SCHEDULER_NAMES
 
 SMALL = ["--steps", "2", "--height", "64", "--width", "64"]
 
@@ -93,6 +94,23 @@ def test_several_images_into_a_folder_and_one_of_them_again(ipa_run: Run, refere
     difference = np.abs(pixels(second).astype(int) - pixels(tmp_path / "again.png").astype(int))
     assert difference.max() <= 1  # alone instead of in a batch of three: another order of sums
     assert np.abs(pixels(second).astype(int) - pixels(Path(record["images"][0])).astype(int)).max() > 1
+
+
+@pytest.mark.parametrize("scheduler", ["euler-ancestral", "dpm++-2m-karras"])
+def test_the_scheduler_of_a_picture_makes_it_again(ipa_run: Run, tmp_path: Path, scheduler: str) -> None:
+    """One that draws noise at each step, and one whose name says more than its class."""
+    first, again = tmp_path / "x.png", tmp_path / "again.png"
+    code, _, err = ipa_run("--prompt", "a cat", *SMALL, "--seed", 3, "--scheduler", scheduler, "--output", first)
+    assert (code, err) == (0, "")
+    code, _, err = ipa_run("--from", first, "--output", again)
+    assert (code, err) == (0, "")
+    np.testing.assert_array_equal(pixels(first), pixels(again))
+
+
+def test_help_names_every_scheduler(ipa_run: Run) -> None:
+    assert ", ".join(SCHEDULER_NAMES) == SCHEDULERS
+    code, out, _ = ipa_run("--help")
+    assert code == 0 and SCHEDULERS in " ".join(out.split())
 
 
 def test_from_takes_the_engine_that_made_the_picture(
@@ -258,9 +276,10 @@ def test_images_that_cannot_be_read(ipa_run: Run, tmp_path: Path, make: Callable
         (["--seed", -1], "seed is -1"),
         (["--seed", 2**64], f"seed is {2**64}"),
         (["--num-images", 0], "num_images is 0"),
-        (["--scheduler", "karras"], "unknown scheduler 'karras', expected one of ddim, pndm"),
+        (["--scheduler", "karras"], "unknown scheduler 'karras', expected one of ddim, pndm, euler, "),
         (["--eta", 2], "eta is 2.0, expected 0 to 1"),
-        (["--eta", 0.5, "--scheduler", "pndm"], "eta"),
+        (["--eta", 0.5, "--scheduler", "pndm"], "--eta is 0.5, but PNDM has no such option: leave it out, or use --sc"),
+        (["--steps", 51, "--scheduler", "lcm"], "--steps is 51, expected a whole number from 1 to 50, the scheduler's"),
         (["--engine", "warp"], "unknown engine 'warp', expected one of auto, tensorrt, tensorrt-rtx, "),
         (["--adapter", "nobody"], "has no adapter 'nobody'"),
         (["--output", "nowhere/deep/x.png"], "there is no folder"),

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ipa.engines.errors import RequestError
 from ipa.runtime.metadata import parameters_text, pnginfo, read_request
+from ipa.runtime.schedulers import SCHEDULER_NAMES
 
 REQUEST: dict[str, Any] = {
     "prompt": "a red circle",
@@ -136,6 +137,30 @@ def test_text_as_written() -> None:
         "Steps: 25, Sampler: PLMS, Schedule type: Automatic, CFG scale: 7, Seed: 0, Size: 768x512, "
         'IP-Adapter scale: 1, RNG: CPU, Version: ipa-runtime 0.1.0, ipa_request: "{\\"prompt\\"'
     )
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "sampler", "schedule_type"),
+    [
+        ("ddim", "DDIM", "Automatic"),
+        ("pndm", "PLMS", "Automatic"),
+        ("euler", "Euler", "Automatic"),
+        ("euler-ancestral", "Euler a", "Automatic"),
+        ("dpm++-2m", "DPM++ 2M", "Uniform"),
+        ("dpm++-2m-karras", "DPM++ 2M", "Karras"),
+        ("unipc", "UniPC", "Automatic"),
+        ("lcm", "LCM", "Automatic"),
+        ("ddpm", "DDPM", "Automatic"),
+    ],
+)
+def test_schedulers_have_automatic1111s_names(scheduler: str, sampler: str, schedule_type: str) -> None:
+    read = a1111_reads(parameters_text({**REQUEST, "scheduler": scheduler}))
+    assert (read["Sampler"], read["Schedule type"]) == (sampler, schedule_type)
+
+
+def test_every_scheduler_has_a_name_there() -> None:
+    for scheduler in SCHEDULER_NAMES:
+        assert "Sampler" in a1111_reads(parameters_text({**REQUEST, "scheduler": scheduler}))
 
 
 def test_position_in_a_batch_is_named() -> None:

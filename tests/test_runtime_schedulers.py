@@ -20,15 +20,17 @@ from scheduler_oracle import (
     SPACINGS,
     ZERO_SNR,
     assert_same_run,
+    from_config,
     model,
     pair,
     widened,
 )
 
 from ipa.runtime.noise import TorchGenerator
-from ipa.runtime.schedulers import State, create_scheduler
+from ipa.runtime.schedulers import Schedule, State, create_scheduler
 from ipa.runtime.schedulers.alphas import AlphasCumprod
-from ipa.runtime.schedulers.config import DDIMConfig, PNDMConfig
+from ipa.runtime.schedulers.ddim import DDIMConfig
+from ipa.runtime.schedulers.pndm import PNDMConfig
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
@@ -95,10 +97,9 @@ def test_full_variance_from_pure_noise_is_finite() -> None:
 @pytest.mark.parametrize("prediction_type", DDIMConfig.PREDICTION_TYPES)
 def test_ddim_use_clipped_model_output(prediction_type: str) -> None:
     config = {"prediction_type": prediction_type}
-    theirs = widened(DDIMScheduler.from_config(config))
-    theirs.set_timesteps(6)
     scheduler = create_scheduler("ddim", config)
     schedule = scheduler.schedule(6, use_clipped_model_output=True)  # type: ignore[call-arg]
+    theirs = widened(from_config("ddim", config, 6), schedule)
     assert_same_run(schedule, theirs, ORACLE_TOLERANCE, use_clipped_model_output=True)
 
 
@@ -119,8 +120,7 @@ def test_diffusers_as_it_comes(name: str, change: dict[str, Any], steps: int, et
     config = SD15 | change
     schedule = create_scheduler(name, config).schedule(steps, eta=eta)
     for dtype, tolerance in ((np.float64, FLOAT32_COEFFICIENTS_TOLERANCE), (np.float32, FLOAT32_TOLERANCE)):
-        theirs = CLASSES[name].from_config(config)
-        theirs.set_timesteps(steps)
+        theirs = from_config(name, config, steps)
         assert_same_run(schedule, theirs, tolerance, dtype, **({"eta": eta} if eta else {}))
 
 
@@ -182,6 +182,10 @@ def test_rescaled_table_of_alphas(betas: str) -> None:
     np.testing.assert_allclose(np.sqrt(ours), np.sqrt(theirs), rtol=0, atol=5e-7)
 
 
+def noise_for(schedule: Schedule, index: int) -> np.ndarray | None:
+    return np.ones(SHAPE, np.float32) if schedule.needs_noise(index) else None
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_step_is_a_function(name: str) -> None:
     """Same arguments, same result; nothing is written to; a run can go on from any of its states."""
@@ -192,12 +196,13 @@ def test_a_step_is_a_function(name: str) -> None:
         noise_pred = model(latents, timestep, index)
         for array in (noise_pred, latents):
             array.flags.writeable = False
-        after, next_state = schedule.step(index, noise_pred, latents, state)
+        after, next_state = schedule.step(index, noise_pred, latents, state, noise_for(schedule, index))
         seen.append((noise_pred, latents, state, after))
         latents, state = after, next_state
     for index in reversed(range(len(seen))):
         noise_pred, latents, state, after = seen[index]
-        np.testing.assert_array_equal(schedule.step(index, noise_pred, latents, state)[0], after)
+        again, _ = schedule.step(index, noise_pred, latents, state, noise_for(schedule, index))
+        np.testing.assert_array_equal(again, after)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

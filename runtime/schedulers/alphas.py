@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipa.runtime.schedulers.config import SchedulerConfig
+from ipa.runtime.schedulers.schedule import Array
 
 Float32s = NDArray[np.float32]
 
@@ -22,16 +23,19 @@ class AlphasCumprod:
 
     Args:
         config: of the scheduler.
+        set_alpha_to_one: whether the end of the run is no noise, rather than the noise of timestep 0.
         rescale_betas_zero_snr: whether the last timestep becomes pure noise.
     Source: arXiv:2006.11239, formula (4).
     """
 
-    def __init__(self, config: SchedulerConfig, rescale_betas_zero_snr: bool = False) -> None:
+    def __init__(
+        self, config: SchedulerConfig, *, set_alpha_to_one: bool = True, rescale_betas_zero_snr: bool = False
+    ) -> None:
         betas = _betas(config)
         if rescale_betas_zero_snr:
             betas = _rescaled_to_zero_snr(betas)
         self.values = _cumprod(np.float32(1) - betas)
-        self.final = 1.0 if config.set_alpha_to_one else float(self.values[0])
+        self.final = 1.0 if set_alpha_to_one else float(self.values[0])
 
     def __getitem__(self, timestep: int) -> float:
         """The share at `timestep`, at the end of the run if that is negative.
@@ -40,15 +44,19 @@ class AlphasCumprod:
         """
         return self.final if timestep < 0 else float(self.values[timestep])
 
+    def add_noise(self, timestep: int, latents: Array, noise: Array) -> Array:
+        """Clean latents noised to the level of `timestep`. Source: arXiv:2006.11239, formula (4)."""
+        return math.sqrt(self[timestep]) * latents + math.sqrt(1 - self[timestep]) * noise
+
 
 def _betas(config: SchedulerConfig) -> Float32s:
     count = config.num_train_timesteps
     if config.trained_betas is not None:
         return np.array(config.trained_betas, np.float32)
     if config.beta_schedule == "linear":
-        return _linspace(config.beta_start, config.beta_end, count)
+        return linspace32(config.beta_start, config.beta_end, count)
     if config.beta_schedule == "scaled_linear":  # linear in the standard deviation: latent diffusion's own
-        return _linspace(config.beta_start**0.5, config.beta_end**0.5, count) ** 2
+        return linspace32(config.beta_start**0.5, config.beta_end**0.5, count) ** 2
     return _cosine_betas(count)
 
 
@@ -72,7 +80,7 @@ def _cumprod(values: Float32s) -> Float32s:
     return np.cumprod(values, dtype=np.float64).astype(np.float32)
 
 
-def _linspace(start: float, end: float, count: int) -> Float32s:
+def linspace32(start: float, end: float, count: int) -> Float32s:
     """As torch.linspace in float32: the step is rounded, and each half counts from its own end with one rounding."""
     if count == 1:
         return np.array([start], np.float32)

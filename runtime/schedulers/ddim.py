@@ -9,11 +9,25 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ipa.engines.errors import BundleError, RequestError
+from ipa.engines.errors import RequestError
 from ipa.runtime.schedulers.alphas import AlphasCumprod
-from ipa.runtime.schedulers.config import DDIMConfig
+from ipa.runtime.schedulers.checks import check_first_timestep
+from ipa.runtime.schedulers.clipping import clipped
+from ipa.runtime.schedulers.config import ClippingConfig
+from ipa.runtime.schedulers.predictions import predicted_clean, predicted_noise
 from ipa.runtime.schedulers.schedule import Array, State
 from ipa.runtime.schedulers.timesteps import spaced_timesteps
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDIMConfig(ClippingConfig):
+    """What DDIM adds.
+
+    Attributes:
+        set_alpha_to_one: whether the last step ends at no noise, rather than at the noise of timestep 0.
+    """
+
+    set_alpha_to_one: bool = True
 
 
 class DDIMScheduler:
@@ -27,16 +41,21 @@ class DDIMScheduler:
 
     def __init__(self, config: DDIMConfig) -> None:
         self.config = config
-        self._alphas_cumprod = AlphasCumprod(config, config.rescale_betas_zero_snr)
+        self._alphas_cumprod = AlphasCumprod(
+            config,
+            set_alpha_to_one=config.set_alpha_to_one,
+            rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        )
 
     def schedule(
-        self, num_inference_steps: int, eta: float = 0.0, use_clipped_model_output: bool = False
+        self, num_inference_steps: int, eta: float = 0.0, start: int = 0, use_clipped_model_output: bool = False
     ) -> DDIMSchedule:
         """The run with that many steps.
 
         Args:
             num_inference_steps: 1 up to the number of training timesteps.
             eta: weight of the variance noise, 0 to 1. Source: formula (16).
+            start: step to begin at.
             use_clipped_model_output: derive the noise again from the clipped clean latents, as GLIDE does.
         Raises:
             RequestError: a number is out of range.
@@ -44,12 +63,9 @@ class DDIMScheduler:
         """
         if not 0 <= eta <= 1:
             raise RequestError(f"--eta is {eta}, expected a number from 0 to 1")
-        timesteps = spaced_timesteps(self.config, num_inference_steps)
-        if self.config.prediction_type == "epsilon" and self._alphas_cumprod[int(timesteps[0])] == 0:
-            raise BundleError(
-                f"scheduler_config.json: timestep {timesteps[0]} is pure noise (rescale_betas_zero_snr), where a model "
-                "of prediction_type 'epsilon' says nothing; set timestep_spacing to 'leading' or the option to false"
-            )
+        timesteps = spaced_timesteps(self.config, num_inference_steps, start)
+        first = int(timesteps[0])
+        check_first_timestep(self.config.prediction_type, first, self._alphas_cumprod[first])
         stride = self.config.num_train_timesteps // num_inference_steps
         return DDIMSchedule(self.config, self._alphas_cumprod, timesteps, stride, eta, use_clipped_model_output)
 
@@ -60,7 +76,7 @@ class DDIMSchedule:
 
     Attributes:
         alphas_cumprod: by training timestep.
-        timesteps: (num_inference_steps,), falling.
+        timesteps: of each call of the model, falling.
         stride: how far a step goes, in training timesteps.
     """
 
@@ -89,8 +105,8 @@ class DDIMSchedule:
         timestep = int(self.timesteps[index])
         alpha, alpha_prev = self.alphas_cumprod[timestep], self.alphas_cumprod[timestep - self.stride]
 
-        clean, epsilon = self._predictions(noise_pred, latents, alpha)
-        clean = self._clipped(clean)
+        prediction = (self.config.prediction_type, noise_pred, latents, math.sqrt(alpha), math.sqrt(1 - alpha))
+        clean, epsilon = clipped(self.config, predicted_clean(*prediction)), predicted_noise(*prediction)
         if self.use_clipped_model_output:
             epsilon = (latents - math.sqrt(alpha) * clean) / math.sqrt(1 - alpha)
 
@@ -102,31 +118,5 @@ class DDIMSchedule:
             latents = latents + math.sqrt(variance) * noise
         return latents, state
 
-    def _predictions(self, output: Array, latents: Array, alpha: float) -> tuple[Array, Array]:
-        """Clean latents and noise, from whichever the model predicts.
-
-        Source: formula (12) for noise; arXiv:2202.00512, section 4 and appendix D, for v.
-        """
-        signal, sigma = math.sqrt(alpha), math.sqrt(1 - alpha)
-        match self.config.prediction_type:
-            case "epsilon":
-                return (latents - sigma * output) / signal, output
-            case "v_prediction":
-                return signal * latents - sigma * output, signal * output + sigma * latents
-            case _:
-                return output, (latents - signal * output) / sigma
-
-    def _clipped(self, clean: Array) -> Array:
-        if self.config.thresholding:
-            return self._thresholded(clean)
-        if self.config.clip_sample:
-            return np.clip(clean, -self.config.clip_sample_range, self.config.clip_sample_range)
-        return clean
-
-    def _thresholded(self, clean: Array) -> Array:
-        """Dynamic thresholding, picture by picture. Source: arXiv:2205.11487, section 2.3."""
-        axes = tuple(range(1, clean.ndim))
-        quantile = np.quantile(np.abs(clean), self.config.dynamic_thresholding_ratio, axis=axes, keepdims=True)
-        limit = np.minimum(np.maximum(quantile, 1), self.config.sample_max_value).astype(clean.dtype)
-        thresholded: Array = np.clip(clean, -limit, limit) / limit
-        return thresholded
+    def add_noise(self, index: int, latents: Array, noise: Array) -> Array:
+        return self.alphas_cumprod.add_noise(int(self.timesteps[index]), latents, noise)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ipa.engines.errors import BundleError, RequestError
 from ipa.runtime.schedulers.alphas import AlphasCumprod
-from ipa.runtime.schedulers.config import PNDMConfig
+from ipa.runtime.schedulers.checks import check_eta_is_zero, check_start
+from ipa.runtime.schedulers.config import SchedulerConfig
 from ipa.runtime.schedulers.schedule import Array, State
 from ipa.runtime.schedulers.timesteps import spaced_timesteps
 
@@ -27,6 +28,21 @@ MULTISTEP_WEIGHTS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PNDMConfig(SchedulerConfig):
+    """What PNDM adds.
+
+    Attributes:
+        set_alpha_to_one: whether the last step ends at no noise, rather than at the noise of timestep 0.
+        skip_prk_steps: whether the run starts without Runge-Kutta steps, as Stable Diffusion's does.
+    """
+
+    PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+    set_alpha_to_one: bool = False
+    skip_prk_steps: bool = False
+
+
 class PNDMScheduler:
     """Pseudo numerical methods for diffusion models: a linear multi-step method on the diffusion's own curve.
 
@@ -38,32 +54,40 @@ class PNDMScheduler:
 
     def __init__(self, config: PNDMConfig) -> None:
         self.config = config
-        self._alphas_cumprod = AlphasCumprod(config)
+        self._alphas_cumprod = AlphasCumprod(config, set_alpha_to_one=config.set_alpha_to_one)
 
-    def schedule(self, num_inference_steps: int, eta: float = 0.0) -> PNDMSchedule:
+    def schedule(self, num_inference_steps: int, eta: float = 0.0, start: int = 0) -> PNDMSchedule:
         """The run with that many steps: one more call of the model without Runge-Kutta steps, nine more with them.
 
         Args:
             num_inference_steps: 1 (with Runge-Kutta steps: 4) up to the number of training timesteps.
             eta: 0, the method has no noise to weigh.
+            start: step to begin at, as diffusers begins: the calls before `timesteps[start]` are left out and the
+                first two of the rest cross one interval twice. Where these are two timesteps (`start` above 1), the
+                step between them is lost.
         Raises:
             RequestError: a number is out of range.
             BundleError: the noise schedule begins in pure noise.
         """
-        if eta != 0:
-            raise RequestError(f"--eta is {eta}, but PNDM adds no noise: leave it out, or use --scheduler ddim")
+        check_eta_is_zero(eta, "PNDM")
         timesteps = spaced_timesteps(self.config, num_inference_steps)
+        check_start(start, num_inference_steps)
         if self._alphas_cumprod[int(timesteps[0])] == 0:
             raise BundleError(f"scheduler_config.json: timestep {timesteps[0]} is pure noise, PNDM cannot start there")
         stride = self.config.num_train_timesteps // num_inference_steps
         if self.config.skip_prk_steps:
             # The second timestep is visited twice: a first step by Euler's method, corrected by Heun's.
-            calls = np.concatenate([timesteps[:2], timesteps[1:2], timesteps[2:]])
+            calls = np.concatenate([timesteps[:2], timesteps[1:2], timesteps[2:]])[start:]
             return PNDMSchedule(self.config, self._alphas_cumprod, calls, stride, 0)
         if num_inference_steps <= RUNGE_KUTTA_INTERVALS:
             raise RequestError(
                 f"--steps is {num_inference_steps}, expected {RUNGE_KUTTA_INTERVALS + 1} or more: "
                 "this model's PNDM scheduler starts with Runge-Kutta steps; or use --scheduler ddim"
+            )
+        if start:
+            raise RequestError(
+                "this model's PNDM scheduler starts with Runge-Kutta steps, which cannot begin in the middle of a run; "
+                "use --scheduler ddim"
             )
         starts, ends = timesteps[:RUNGE_KUTTA_INTERVALS], timesteps[1 : RUNGE_KUTTA_INTERVALS + 1]
         middles = ends + stride // 2
@@ -114,6 +138,9 @@ class PNDMSchedule:
         # Only the first of all calls needs its latents again.
         anchor = latents if index == 0 else None
         return self._transfer(latents, output, timestep, timestep - self.stride), State(outputs, anchor=anchor)
+
+    def add_noise(self, index: int, latents: Array, noise: Array) -> Array:
+        return self.alphas_cumprod.add_noise(int(self.timesteps[index]), latents, noise)
 
     def _heun(self, noise_pred: Array, outputs: tuple[Array, ...], anchor: Array) -> Array:
         """Cross the first interval again, with the mean of the outputs at its two ends."""

@@ -14,7 +14,7 @@ stopped, repeated from the middle, or interleaved with another.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -26,9 +26,9 @@ class State:
     """What a method carries from one step to the next; the caller hands it on as it is.
 
     Attributes:
-        outputs: model outputs of earlier timesteps, the newest last.
+        outputs: model outputs of earlier timesteps, or the predictions made of them, the newest last.
         slopes: model outputs within the interval that is being crossed in several calls.
-        anchor: latents at the beginning of that interval.
+        anchor: latents at the beginning of the interval that is being or has just been crossed.
     """
 
     outputs: tuple[Array, ...] = ()
@@ -41,11 +41,14 @@ class Schedule(Protocol):
 
     @property
     def timesteps(self) -> NDArray[Any]:
-        """Training timestep of each call of the model, (calls,) int64; a method may visit one twice."""
+        """Training timestep of each call of the model, (calls,) int64, or float32 where a method goes between them.
+
+        A method may visit one twice.
+        """
 
     @property
     def init_noise_sigma(self) -> float:
-        """Standard deviation of the latents at the first timestep."""
+        """Standard deviation of the latents that a run from pure noise begins with."""
 
     def start(self) -> State:
         """The state before the first step."""
@@ -71,18 +74,32 @@ class Schedule(Protocol):
             The new latents, of the same dtype, and the state for the next step.
         """
 
+    def add_noise(self, index: int, latents: Array, noise: Array) -> Array:
+        """Clean latents noised to what step `index` expects.
+
+        Args:
+            index: which step, from 0.
+            latents: clean.
+            noise: standard normal, shaped as the latents.
+        Returns:
+            Noisy latents of the same dtype; `scale_model_input` comes after.
+        """
+
 
 class Scheduler(Protocol):
     """A sampling method with a model's noise schedule."""
 
-    name: ClassVar[str]  # as `create_scheduler` takes it
+    @property
+    def name(self) -> str:
+        """As `create_scheduler` takes it."""
 
-    def schedule(self, num_inference_steps: int, eta: float = 0.0) -> Schedule:
-        """The run with that many steps.
+    def schedule(self, num_inference_steps: int, eta: float = 0.0, start: int = 0) -> Schedule:
+        """The run with that many steps, or the rest of it.
 
         Args:
             num_inference_steps: 1 up to the number of training timesteps.
             eta: noise added back at each step: 0 is deterministic, 1 is as much as in training.
+            start: the run begins at `timesteps[start]`; the indices of its steps begin at 0 all the same.
         Raises:
             RequestError: a number is out of range, or the method has no such option.
             BundleError: the model's noise schedule and prediction type do not allow it.
