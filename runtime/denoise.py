@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipa.engines.engine import Engine
+from ipa.runtime.beginning import Beginning
 from ipa.runtime.schedulers import Schedule
 
 Array = NDArray[Any]
@@ -44,28 +45,28 @@ def split_guidance(noise_pred: Array, guidance_scale: float) -> Array:
 def denoise(
     unet: Engine,
     schedule: Schedule,
-    latents: NDArray[np.float32],
+    begin: Beginning,
     conditions: Callable[[int], Mapping[str, Array]],
     guidance_scale: float | None,
-    draw_noise: Callable[[], NDArray[np.float32]],
 ) -> Iterator[Step]:
     """Denoise step by step.
 
     Args:
         unet: opened engine of the component `unet`.
         schedule: timesteps and arithmetic.
-        latents: (batch, 4, height / 8, width / 8) float32, unit variance times the schedule's first sigma.
-        conditions: the UNet's other inputs at a step; with guidance, of twice the batch of `latents`, negatives first.
+        begin: latents to start from, and what stays of a picture.
+        conditions: the UNet's other inputs at a step; with guidance of twice the latents' batch, negatives first.
         guidance_scale: `None`: no guidance.
-        draw_noise: the next variance noise, shaped as `latents`; called only for steps that need it.
     Yields:
         One `Step` after each call of the UNet.
     """
     halves = 1 if guidance_scale is None else 2
     dtype = unet.spec.inputs[0].dtype
-    state = schedule.start()
+    latents, state = begin.latents, schedule.start()
     for index, timestep in enumerate(schedule.timesteps):
         sample = schedule.scale_model_input(index, latents)
+        if begin.channels is not None:
+            sample = np.concatenate([sample, begin.channels], axis=1)
         noise_pred = unet(
             sample=np.concatenate([sample] * halves).astype(dtype, copy=False),
             timestep=np.asarray(timestep, np.float32),
@@ -73,6 +74,8 @@ def denoise(
         )["noise_pred"].astype(np.float32, copy=False)
         if guidance_scale is not None:
             noise_pred = split_guidance(noise_pred, guidance_scale)
-        noise = draw_noise() if schedule.needs_noise(index) else None
+        noise = begin.draw_noise() if schedule.needs_noise(index) else None
         latents, state = schedule.step(index, noise_pred, latents, state, noise)
+        if begin.frame is not None:
+            latents = begin.frame.put_back(index, schedule, latents)
         yield Step(index, len(schedule.timesteps), float(timestep), latents)

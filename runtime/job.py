@@ -15,7 +15,7 @@ from ipa.runtime.image_prompt import ImagePrompt
 from ipa.runtime.metadata import read_request
 from ipa.runtime.output import check_writable, output_paths
 from ipa.runtime.pipeline import Pipeline, Result
-from ipa.runtime.record import image_hash, origin, request_record, write_pictures
+from ipa.runtime.record import image_hashes, origin, request_record, write_pictures
 from ipa.runtime.request import Request
 
 _REQUEST_FIELDS = frozenset(Request.__dataclass_fields__)
@@ -101,11 +101,10 @@ class Job:
         request = Request(**{**fields, **given})
         if not request.prompt and not request.has_image:
             raise RequestError("nothing to draw from: give --prompt, --image or both")
-        warnings = []
-        has_own_image = "image" in given or "image_prompts" in given
-        if "image_sha256" in recorded and not has_own_image and image_hash(request) != recorded["image_sha256"]:
-            what = "an image" if request.image is None else request.image
-            warnings.append(f"{what} is not the image that {source} was made with; the result will differ")
+        warnings = [
+            f"{name} is not the image that {source} was made with; the result will differ"
+            for name in _changed_images(request, recorded, given)
+        ]
         folder = bundle if bundle is not None else recorded.get("bundle")
         target = Path(output) if output is not None else Path()
         check_writable(target)
@@ -165,3 +164,13 @@ class Job:
         except EngineError as error:
             warning = f"the picture was made with the engine '{self.recorded_engine}': {error}; small differences"
             return Pipeline.open(folder, engine=self.engine, **options), [warning]
+
+
+def _changed_images(request: Request, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """The pictures that are taken from the record and are other ones now."""
+    own = {name for name in ("image", "init_image", "mask_image") if name in given}
+    own |= {"image"} if "image_prompts" in given else set()
+    hashes = image_hashes(request)
+    names = [key.removesuffix("_sha256") for key, now in hashes.items() if key in recorded and recorded[key] != now]
+    pictures = {name: getattr(request, name) or "an image" for name in names if name not in own}
+    return [str(picture) for picture in pictures.values()]

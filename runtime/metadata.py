@@ -69,6 +69,8 @@ def parameters_text(request: Mapping[str, Any]) -> str:
     }
     if isinstance(request["ip_adapter_scale"], int | float):  # else it has no single one, or differs by block
         pairs |= {"IP-Adapter scale": _number(request["ip_adapter_scale"])}
+    if request.get("strength") is not None:
+        pairs |= {"Denoising strength": _number(request["strength"])}
     if request["only"] is not None:
         pairs |= {"Batch size": request["num_images"], "Batch pos": request["only"]}
     pairs |= {"RNG": "CPU", "Version": f"ipa-runtime {request['version']}"}

@@ -20,10 +20,11 @@ from ipa.engines.closing import Closing
 from ipa.engines.engine import Engine
 from ipa.engines.errors import BundleError, RequestError
 from ipa.engines.tensorrt_library import MODULES
+from ipa.runtime.beginning import Beginner, Beginning
 from ipa.runtime.conditioning import guidance_batch
 from ipa.runtime.denoise import Step, denoise
 from ipa.runtime.image_slots import Slot, SlotInputs, check_slots, image_slots, opened
-from ipa.runtime.images import to_images
+from ipa.runtime.images import open_image, to_images
 from ipa.runtime.kept import Kept
 from ipa.runtime.request import Request
 from ipa.runtime.run import Run
@@ -170,7 +171,8 @@ class Pipeline(Closing):
         Raises:
             RequestError: the request does not fit the bundle.
         """
-        return self._key(self._resolved(request)[0])
+        init_image = None if request.init_image is None else open_image(request.init_image)
+        return self._key(self._resolved(request.sized(init_image))[0])
 
     def steps(self, request: Request) -> Iterator[Step]:
         """The denoising loop alone, as a generator: the last step's latents are the final ones."""
@@ -180,8 +182,12 @@ class Pipeline(Closing):
 
     def _prepared(self, request: Request) -> Run:
         """The request checked, its pictures read."""
-        request, schedule = self._resolved(request)
-        return Run(request, schedule, tuple(opened(prompt) for prompt in request.all_image_prompts))
+        init_image, mask_image = (
+            None if picture is None else open_image(picture) for picture in (request.init_image, request.mask_image)
+        )
+        request, schedule = self._resolved(request.sized(init_image))
+        prompts = tuple(opened(prompt) for prompt in request.all_image_prompts)
+        return Run(request, schedule, prompts, init_image, mask_image)
 
     def _key(self, request: Request) -> Hashable:
         tokens = [
@@ -190,13 +196,15 @@ class Pipeline(Closing):
             for _ in range(prompt.slots)
         ]
         numbers = (request.num_inference_steps, request.guidance_scale, request.height, request.width, request.eta)
-        return (*numbers, request.scheduler, *tokens)
+        task = (request.strength, request.init_image is None, request.mask_image is None)
+        return (*numbers, request.scheduler, *task, *tokens)
 
     def _load(self, requests: Sequence[Request]) -> None:
         names = ["text_encoder", "text_kv", "unet", "vae_decoder"]
         prompts = (prompt for request in requests for prompt in request.all_image_prompts)
         adapters = {f"ip_adapter/{prompt.adapter}": None for prompt in prompts}
         names += ["image_encoder", *adapters] if adapters else []
+        names += ["vae_encoder"] if any(request.init_image is not None for request in requests) else []
         for name in names:
             self._engine(name)
 
@@ -226,10 +234,25 @@ class Pipeline(Closing):
         """The request with nothing left open, and its run of the scheduler."""
         request = request.resolved(self.manifest)
         check_slots(request.all_image_prompts, self.bundle)
+        self._check_task(request)
         scheduler = create_scheduler(request.scheduler, self._scheduler_config)
         assert request.num_inference_steps is not None
-        schedule = scheduler.schedule(request.num_inference_steps, eta=request.eta)
+        if request.first_step == request.num_inference_steps:
+            raise RequestError(
+                f"strength {request.strength} of {request.num_inference_steps} steps leaves none: "
+                "raise --strength or --steps"
+            )
+        schedule = scheduler.schedule(request.num_inference_steps, eta=request.eta, start=request.first_step)
         return replace(request, scheduler=scheduler.name), schedule
+
+    def _check_task(self, request: Request) -> None:
+        """Refuse what the UNet was not made for."""
+        unet = self.manifest.components["unet"].spec
+        if unet.inputs[0].axes[1] != unet.outputs[0].axes[1] and request.mask_image is None:
+            raise RequestError(
+                f"{self.bundle.root} holds an inpainting model, which fills a part of a picture: "
+                "add --init-image and --mask-image"
+            )
 
     def _text_kv(self, request: Request) -> tuple[Array, list[str]]:
         """Keys and values of negative and positive prompt, (2, text_tokens, kv), and warnings."""
@@ -263,12 +286,12 @@ class Pipeline(Closing):
         unet, downscale = self._engine("unet"), self.manifest.vae.downscale
         channels = unet.spec.outputs[0].axes[1]
         shape = (int(channels), request.height // downscale, request.width // downscale)
-        sources = [run.noise(shape) for run in runs]
-
-        def draw_noise() -> NDArray[np.float32]:
-            return np.concatenate([draw() for draw in sources])
-
-        latents = draw_noise() * np.float32(schedule.init_noise_sigma)
+        is_inpainting = unet.spec.inputs[0].axes[1] != channels
+        vae = self.manifest.vae
+        beginner = Beginner(lambda: self._engine("vae_encoder"), vae.scaling_factor, downscale, is_inpainting)
+        begin = Beginning.joined(
+            [beginner.begin(run.request, run.schedule, shape, run.init_image, run.mask_image) for run in runs]
+        )
         counts, has_guidance = [run.count for run in runs], request.has_guidance
         text_kv = guidance_batch([run.text_kv for run in runs if run.text_kv is not None], counts, has_guidance)
         text_kv.flags.writeable = False  # so an engine may keep its copy over the steps
@@ -279,7 +302,7 @@ class Pipeline(Closing):
             return {"text_kv": text_kv, **images.at(index, len(schedule.timesteps))}
 
         guidance_scale = request.guidance_scale if has_guidance else None
-        return denoise(unet, schedule, latents, conditions, guidance_scale, draw_noise)
+        return denoise(unet, schedule, begin, conditions, guidance_scale)
 
     def _decode(self, latents: NDArray[np.float32]) -> list[Image.Image]:
         """One picture at a time: the decoder's memory grows with the batch, its speed does not."""

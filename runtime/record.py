@@ -18,8 +18,10 @@ from ipa.runtime.request import Request
 
 def request_record(request: Request) -> dict[str, Any]:
     """A request as JSON values; a picture that came from no file is left out."""
-    record = asdict(replace(request, image=None, image_prompts=()))
-    record["image"] = str(request.image) if isinstance(request.image, str | Path) else None
+    record = asdict(replace(request, image=None, init_image=None, mask_image=None, image_prompts=()))
+    for name in ("image", "init_image", "mask_image"):
+        picture = getattr(request, name)
+        record[name] = str(picture) if isinstance(picture, str | Path) else None
     record["image_prompts"] = [prompt.record() for prompt in request.image_prompts]
     return record
 
@@ -32,7 +34,7 @@ def origin(pipeline: Pipeline, request: Request, bundle: Path | None) -> dict[st
     """
     return {
         "bundle": None if bundle is None else str(bundle),
-        "image_sha256": image_hash(request),
+        **image_hashes(request),
         "unet_sha256": pipeline.manifest.components["unet"].files[-1].sha256,
         "engine": pipeline.engine,
         "version": version("ipa-runtime"),
@@ -55,7 +57,16 @@ def write_pictures(result: Result, paths: Sequence[Path], about: Mapping[str, An
         write_png(image, path, info)
 
 
-def image_hash(request: Request) -> str | list[str | None] | None:
+def image_hashes(request: Request) -> dict[str, Any]:
+    """Of every picture that a request is made with, by the name it has in the record."""
+    return {
+        "image_sha256": _prompt_hash(request),
+        "init_image_sha256": _file_hash(request.init_image),
+        "mask_image_sha256": _file_hash(request.mask_image),
+    }
+
+
+def _prompt_hash(request: Request) -> str | list[str | None] | None:
     """Of the image; where there are several prompts, of all their images and masks."""
     if not request.image_prompts:
         return _file_hash(request.image)

@@ -12,7 +12,7 @@ from PIL import Image
 from ipa.engines.errors import RequestError
 from ipa.engines.manifest import Manifest
 from ipa.runtime.block_scales import Scale, check_scale
-from ipa.runtime.image_prompt import ImagePrompt
+from ipa.runtime.image_prompt import ImagePrompt, ImageSource
 from ipa.runtime.noise import SEED_LIMIT
 from ipa.runtime.schedulers import SCHEDULER_NAMES
 
@@ -20,6 +20,7 @@ SIZE_MULTIPLE = 8  # pixels per latent
 MIN_SIZE, MAX_SIZE = 64, 4096
 MAX_STEPS = 1000
 MAX_IMAGES = 256
+_IMAGE_STRENGTH = 0.8
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Request:
         prompt: may be empty: the image alone then decides.
         image: the image prompt; `None` asks for the base model without an adapter.
         negative_prompt: what to move away from, when guidance is on.
+        init_image: the picture to start from: image to image.
+        mask_image: where `init_image` is made anew: white; the rest stays.
+        strength: how far from `init_image`, above 0 up to 1: the share of the steps that run. `None` is 0.8, with a
+            mask 1.
         adapter: which of the bundle's adapters.
         ip_adapter_scale: weight of the image prompt, or weights by block, see `ipa.runtime.block_scales`; 0 is the base
             model exactly.
@@ -38,7 +43,7 @@ class Request:
         seed: 0 to 2**64 - 1; `None` draws one.
         num_images: pictures drawn from one generator, as diffusers' `num_images_per_prompt`.
         only: make just the picture with this index of the `num_images`.
-        height, width: pixels, multiples of 8.
+        height, width: pixels, multiples of 8; `None` is what `init_image` has, else the bundle's default.
         scheduler: one of `ipa.runtime.schedulers.SCHEDULER_NAMES`; `None` is the bundle's own.
         eta: noise added back at each step, DDIM only; 0 is deterministic.
     """
@@ -46,6 +51,9 @@ class Request:
     prompt: str = ""
     image: Image.Image | Path | str | None = None
     negative_prompt: str = ""
+    init_image: ImageSource | None = None
+    mask_image: ImageSource | None = None
+    strength: float | None = None
     adapter: str | None = None
     ip_adapter_scale: Scale | None = None
     image_prompts: tuple[ImagePrompt, ...] = ()
@@ -65,6 +73,16 @@ class Request:
                 raise RequestError(f"{name} is {getattr(self, name)!r}, expected text")
         if not isinstance(self.image, Image.Image | Path | str | None):
             raise RequestError(f"image is {self.image!r}, expected a file's path or a PIL image")
+        for name in ("init_image", "mask_image"):
+            if not isinstance(getattr(self, name), ImageSource | None):
+                raise RequestError(f"{name} is {getattr(self, name)!r}, expected a file's path or a PIL image")
+        if self.init_image is None:
+            for name in ("mask_image", "strength"):
+                if getattr(self, name) is not None:
+                    raise RequestError(f"{name} says what to do with a picture: add --init-image, or leave it out")
+        _check_finite("strength", self.strength)
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise RequestError(f"strength is {self.strength}, expected more than 0 (nothing changes) up to 1")
         for name in ("adapter", "scheduler"):
             if not isinstance(getattr(self, name), str | None):
                 raise RequestError(f"{name} is {getattr(self, name)!r}, expected a name")
@@ -122,9 +140,31 @@ class Request:
                 "an image was given, but the bundle has no adapter: "
                 "add one with `ipa-export adapter --bundle BUNDLE --adapter NAME=FILE`"
             )
+        if self.init_image is not None and self.strength is None:
+            chosen["strength"] = _IMAGE_STRENGTH if self.mask_image is None else 1.0
         if self.seed is None:
             chosen["seed"] = secrets.randbelow(2**32)
         return replace(self, **chosen)
+
+    def sized(self, init_image: Image.Image | None) -> Request:
+        """This request with the size of the picture it starts from, where it names none.
+
+        Args:
+            init_image: opened.
+        """
+        if init_image is None or (self.height is not None and self.width is not None):
+            return self
+        width, height = (max(MIN_SIZE, side - side % SIZE_MULTIPLE) for side in init_image.size)
+        return replace(self, height=self.height or height, width=self.width or width)
+
+    @property
+    def first_step(self) -> int:
+        """The step that the run begins with: the strength leaves out those before.
+
+        Source: diffusers 0.42.1, pipeline_stable_diffusion_img2img.py, `get_timesteps`.
+        """
+        steps = self.num_inference_steps or 0
+        return 0 if self.strength is None else steps - min(int(steps * self.strength), steps)
 
     @property
     def has_image(self) -> bool:

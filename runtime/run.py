@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ipa.runtime.image_prompt import ImagePrompt
 from ipa.runtime.image_slots import Slot
-from ipa.runtime.noise import TorchGenerator
 from ipa.runtime.request import Request
 from ipa.runtime.schedulers import Schedule
 
@@ -26,6 +25,7 @@ class Run:
         request: resolved.
         schedule: its run of the scheduler.
         prompts: its image prompts, opened.
+        init_image, mask_image: opened.
         text_kv: (2, text_tokens, kv) keys and values of negative and positive prompt.
         slots: what the UNet's image slots show.
         warnings: for the user.
@@ -34,6 +34,8 @@ class Run:
     request: Request
     schedule: Schedule
     prompts: tuple[ImagePrompt, ...]
+    init_image: Image.Image | None = None
+    mask_image: Image.Image | None = None
     text_kv: Array | None = None
     slots: tuple[Slot, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -50,14 +52,3 @@ class Run:
     def count(self) -> int:
         """How many pictures it makes."""
         return self.request.num_images if self.request.only is None else 1
-
-    def noise(self, shape: tuple[int, int, int]) -> Callable[[], NDArray[np.float32]]:
-        """What draws the next noise of this request's pictures.
-
-        Args:
-            shape: channels, height and width of the latents.
-        """
-        assert self.request.seed is not None
-        generator, only = TorchGenerator(self.request.seed), self.request.only
-        chosen = slice(None) if only is None else slice(only, only + 1)
-        return lambda: generator.randn((self.request.num_images, *shape))[chosen]
