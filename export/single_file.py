@@ -5,7 +5,7 @@ diffusers converts the names. It takes the configurations from a folder, ours or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from ipa.export.weight_files import SUFFIXES, check_file, damaged, named_tensors
 SD15_CONFIG = Path(str(files("ipa.export") / "assets" / "sd15"))
 _UNET, _VAE, _TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 _PARTS = {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT}
-# Names that tell other families apart, by diffusers' `infer_diffusers_model_type`.
-_FAMILY = "v1"
+_CONV_IN = f"{_UNET}input_blocks.0.0.weight"
+# By their text encoders, under names that Stable Diffusion 1.x does not have.
+_FAMILIES = (("conditioner.embedders.", "Stable Diffusion XL"), ("cond_stage_model.model.", "Stable Diffusion 2.x"))
+_LATENT_CHANNELS = 4
 _VAE_GROUPS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 # Some early fine-tunes left a level of CLIP's names out.
 _OLD_TEXT, _NEW_TEXT = f"{_TEXT}transformer.", f"{_TEXT}transformer.text_model."
@@ -47,20 +49,23 @@ class Checkpoint:
         # A pickle is mapped into memory, so that its tensors cost nothing before they are used.
         self._pickled = None if path.suffix == ".safetensors" else self._read_pickle()
         shapes = self._shapes()
-        if not any(name.startswith(_UNET) for name in shapes):
-            raise IpaError(
-                f"base model {path} has no {_UNET}* weights, so it is no Stable Diffusion checkpoint; --base takes "
-                "one in the original layout, or a pipeline folder"
-            )
-        from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-
-        family = infer_diffusers_model_type({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-        if family != _FAMILY:
-            raise IpaError(
-                f"base model {path} is a checkpoint of the kind {family}, which is not supported yet; expected "
-                "Stable Diffusion 1.x"
-            )
+        self._check_family(shapes)
         self.parts = {part for part, prefix in _PARTS.items() if any(name.startswith(prefix) for name in shapes)}
+
+    def _check_family(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        family = next((family for prefix, family in _FAMILIES if any(name.startswith(prefix) for name in shapes)), None)
+        channels = shapes.get(_CONV_IN, (0, 0))[1]
+        if family is None and channels == 0:
+            raise IpaError(
+                f"base model {self.path} has no {_CONV_IN}, so it is no Stable Diffusion checkpoint; --base takes one "
+                "in the original layout, or a pipeline folder"
+            )
+        if family is None and channels != _LATENT_CHANNELS:
+            family = "an inpainting model" if channels == 9 else f"a model that takes {channels} channels"
+        if family is not None:
+            raise IpaError(
+                f"base model {self.path} is {family}, which is not supported yet; expected Stable Diffusion 1.x"
+            )
 
     def _read_pickle(self) -> dict[str, Tensor]:
         return named_tensors(read_weights(self.path, "base model"), self.path, "base model")
