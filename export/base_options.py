@@ -43,7 +43,8 @@ _CLIP_SKIP = click.option(
     default=0,
     show_default=True,
     metavar="N",
-    help="Layers of the text encoder to leave out, as in diffusers: AUTOMATIC1111's 'Clip skip' less 1.",
+    help="Layers of the text encoder to leave out, for prompt and negative prompt: diffusers' clip_skip, "
+    "AUTOMATIC1111's 'Clip skip' less 1.",
 )
 
 
