@@ -357,3 +357,17 @@ def test_build_engines_takes_them_with_base(bundle: Path, files: dict[str, Path]
     for options in (("--lora", files["style"]), ("--vae", files["vae"]), ("--clip-skip", 1)):
         result = run("build-engines", "--bundle", bundle, "--engine", "tensorrt-rtx", *options)
         assert (result.exit_code, f"{options[0]} goes with --base" in result.stderr) == (2, True), result.output
+
+
+def test_build_engines_hands_them_to_the_export(tiny_base: Path, tmp_path: Path) -> None:
+    command = ("build-engines", "--base", tiny_base, "--output", tmp_path / "out", "--engine", "tensorrt-rtx")
+    result = run(*command, "--cache", tmp_path / "cache", "--lora", tmp_path / "no.safetensors")
+    assert (result.exit_code, "lora" in result.stderr and "no such file" in result.stderr) == (2, True), result.output
+
+
+def test_never_writes_over_a_lora(bundle: Path, tiny_base: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    lora = Path(shutil.copy(files["style"], copy / "lora.safetensors"))
+    result = run("onnx", "--base", tiny_base, "--lora", lora, "--output", copy, "--force")
+    assert (result.exit_code, f"would replace {lora}" in result.stderr) == (2, True), result.output
+    assert lora.exists()
