@@ -71,6 +71,33 @@ class VaeRecord:
 
 
 @dataclass(frozen=True)
+class SourceRecord:
+    """Where weights came from: a file's name and sha256; a folder or Hub id has no hash."""
+
+    name: str
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class LoraRecord:
+    """A LoRA that was added into the weights: the file's name and hash, and the weight it was added with."""
+
+    name: str
+    sha256: str
+    scale: float
+
+
+@dataclass(frozen=True)
+class TextualInversionRecord:
+    """A word that the text encoder learned: `vectors` tokens `token`, `token_1`, ... made of the file `name`."""
+
+    token: str
+    vectors: int
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class ImageProcessorRecord:
     """CLIP preprocessing: resize the shortest edge to `size` (bicubic), crop the centre, normalise."""
 
@@ -107,6 +134,10 @@ class Manifest:
     image_processor: ImageProcessorRecord
     defaults: Defaults
     validation: Mapping[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, SourceRecord] = field(default_factory=dict)  # `checkpoint`, `vae`: where given apart
+    loras: tuple[LoraRecord, ...] = ()
+    textual_inversions: tuple[TextualInversionRecord, ...] = ()
+    clip_skip: int = 0  # layers of the text encoder that were left out, from the last
 
     def files(self) -> tuple[FileRecord, ...]:
         """Every file of the bundle but the manifest itself."""

@@ -18,6 +18,7 @@ from ipa.engines.errors import BundleError, IpaError
 from ipa.engines.manifest import FILE_NAME, AdapterRecord, ComponentRecord, FileRecord, Manifest
 from ipa.engines.spec import COMPONENTS, ONE_SLOT, ImageSlots
 from ipa.export.adapters import AdapterFile, AdapterWeights, adapter_graph, read_adapter
+from ipa.export.changes import BaseChanges
 from ipa.export.dimensions import base_dimensions, manifest_dimensions
 from ipa.export.graphs import component_modules, typed_graph
 from ipa.export.hoist import config_kv_layout
@@ -50,6 +51,7 @@ class ExportRequest:
     merged: MergedOptions | None = None
     slots: ImageSlots = ONE_SLOT
     defaults: Mapping[str, Any] = field(default_factory=dict)  # fields of `Defaults` that differ
+    changes: BaseChanges = field(default_factory=BaseChanges)
 
 
 def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manifest:
@@ -63,7 +65,7 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
     Raises:
         IpaError: the base model or an adapter does not fit, or the bundle could not be written.
     """
-    base = BasePipeline(request.base, request.image_encoder)
+    base = BasePipeline(request.base, request.image_encoder, request.changes)
     layout = config_kv_layout(base.unet_config)
     dimensions = base_dimensions(base, layout)
     _refuse_overwriting_sources(request)
@@ -109,6 +111,10 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
             vae=base.vae_record,
             image_processor=base.image_processor,
             defaults=defaults,
+            sources=base.sources,
+            loras=base.loras,
+            textual_inversions=base.textual_inversions,
+            clip_skip=base.clip_skip,
         )
         for name, adapter in weights.items():
             graph = adapter_graph(name, adapter, dimensions, request.dtype)
@@ -216,6 +222,7 @@ def _refuse_overwriting_sources(request: ExportRequest) -> None:
         request.base,
         request.image_encoder or request.base,
         *(file.path for file in request.adapters),
+        *request.changes.paths,
     ]
     for source in map(Path, sources):
         if source.exists() and source.resolve().is_relative_to(output):

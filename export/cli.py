@@ -11,6 +11,7 @@ import click
 
 from ipa.engines.errors import IpaError
 from ipa.engines.spec import MAX_SLOTS, ImageSlots
+from ipa.export.base_options import base_changes, base_files, parse_changes
 from ipa.export.engine_cli import build_engines
 
 DTYPES = {"fp32": "float32", "fp16": "float16"}
@@ -42,11 +43,17 @@ def _finite(context: click.Context, option: click.Parameter, value: float | None
 
 
 @main.command()
-@click.option("--base", required=True, metavar="DIR_OR_ID", help="Stable Diffusion 1.x pipeline in diffusers format.")
+@click.option(
+    "--base",
+    required=True,
+    metavar="DIR_OR_ID_OR_FILE",
+    help="Stable Diffusion 1.x: a pipeline in diffusers format, or a checkpoint file in the original layout.",
+)
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="[NAME=]FILE", help="IP-Adapter file; the first is the default."
 )
 @click.option("--image-encoder", metavar="DIR_OR_ID", help="CLIP vision model; default: the pipeline's own.")
+@base_changes
 @click.option("--output", required=True, type=_FOLDER, metavar="BUNDLE", help="Folder to write.")
 @click.option(
     "--dtype",
@@ -89,6 +96,7 @@ def onnx(
     default_guidance_scale: float | None,
     default_scale: float | None,
     force: bool,
+    **changes: Any,
 ) -> None:
     """Write a bundle: a folder of ONNX graphs that ipa-run needs, and nothing else."""
     from ipa.export.publish import check_target
@@ -118,6 +126,7 @@ def onnx(
         slots=ImageSlots(image_slots, has_masks),
         merged=MergedOptions(merged, merged_scale) if merged else None,
         defaults={name: value for name, value in defaults.items() if value is not None},
+        changes=parse_changes(**changes),
     )
     with progress("export", total=6 + len(adapters) + (merged is not None)) as show:
         manifest = export_bundle(request, show)
@@ -148,12 +157,18 @@ def adapter(bundle: Path, adapter: str, opset: int, is_default: bool, force: boo
 
 @main.command()
 @click.option("--bundle", required=True, type=_FOLDER, metavar="BUNDLE", help="Bundle to validate.")
-@click.option("--base", required=True, metavar="DIR_OR_ID", help="Pipeline that it was made of.")
+@click.option("--base", required=True, metavar="DIR_OR_ID_OR_FILE", help="Pipeline or checkpoint it was made of.")
 @click.option("--adapter", "adapters", multiple=True, metavar="[NAME=]FILE", help="Adapter that is in it.")
 @click.option("--image-encoder", metavar="DIR_OR_ID", help="CLIP vision model; default: the pipeline's own.")
+@base_files
 @click.option("--engine", default="onnxruntime", show_default=True, metavar="NAME", help="Back-end to compare.")
-def validate(bundle: Path, base: str, adapters: tuple[str, ...], image_encoder: str | None, engine: str) -> None:
+def validate(
+    bundle: Path, base: str, adapters: tuple[str, ...], image_encoder: str | None, engine: str, **changes: Any
+) -> None:
     """Compare every component, the whole step and a whole run with PyTorch.
+
+    Name the VAE, LoRAs and embeddings again that the bundle was made with; their weights and words, and the layers
+    that were skipped, are in it.
 
     The figures of onnxruntime are written into the bundle; those of other engines belong to this machine and are
     printed alone.
@@ -165,7 +180,8 @@ def validate(bundle: Path, base: str, adapters: tuple[str, ...], image_encoder: 
     from ipa.export.progress import progress
     from ipa.export.validate import REFERENCE_ENGINE, Validator, record
 
-    validator = Validator(bundle, base, image_encoder, tuple(map(AdapterFile.parse, adapters)), engine)
+    files = tuple(map(AdapterFile.parse, adapters))
+    validator = Validator(bundle, base, image_encoder, files, engine, parse_changes(**changes))
     with progress("validate", total=8 + len(adapters)) as show:
         checks = list(validator.run(show))
     for check in checks:

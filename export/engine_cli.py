@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ipa.engines.errors import RequestError
+from ipa.export.base_options import base_changes
 
 if TYPE_CHECKING:
     from ipa.export.engine_builds import Outcome, Percent
@@ -20,9 +21,12 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 @click.command("build-engines")
 @click.option("--bundle", type=_FOLDER, metavar="BUNDLE", help="Bundle to build engines for.")
-@click.option("--base", metavar="DIR_OR_ID", help="Export this pipeline to --output first, in FP16.")
+@click.option(
+    "--base", metavar="DIR_OR_ID_OR_FILE", help="Export this pipeline or checkpoint to --output first, in FP16."
+)
 @click.option("--adapter", "adapters", multiple=True, metavar="[NAME=]FILE", help="With --base: IP-Adapter file.")
 @click.option("--image-encoder", metavar="DIR_OR_ID", help="With --base: CLIP vision model.")
+@base_changes
 @click.option("--output", type=_FOLDER, metavar="BUNDLE", help="With --base: bundle to write.")
 @click.option("--engine", type=click.Choice(["tensorrt", "tensorrt-rtx"]), required=True, help="Library to build with.")
 @click.option(
@@ -55,6 +59,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.pass_context
 def build_engines(
     context: click.Context,
+    /,
     bundle: Path | None,
     base: str | None,
     adapters: tuple[str, ...],
@@ -68,6 +73,7 @@ def build_engines(
     cache: Path | None,
     jobs: int,
     force: bool,
+    **changes: Any,
 ) -> None:
     """Build engines for NVIDIA GPUs into the user's cache; what fits is kept.
 
@@ -79,7 +85,7 @@ def build_engines(
     from ipa.engines.shape_profile import ShapeProfile
     from ipa.export.engine_builds import EngineBuilds, target
 
-    root = _source(bundle, base, adapters, image_encoder, output)
+    root = _source(bundle, base, output, {"adapters": adapters, "image_encoder": image_encoder, **changes})
     wanted = tuple(part.strip() for part in capabilities.split(",")) if capabilities else ()
     ShapeProfile.parse(resolutions or ["512x512"], batch, image_tokens)  # before the minutes that an export takes
     target(engine, wanted)
@@ -95,6 +101,7 @@ def build_engines(
             output=root,
             dtype="fp16",
             force=force,
+            **changes,
         )
     opened = Bundle.open(root, verify=False)  # what is built is hashed before
     defaults = opened.manifest.defaults
@@ -111,14 +118,12 @@ def build_engines(
     click.echo(f"{root}: {len(missing)} built, {len(kept)} kept, {size:.1f} MiB of engines")
 
 
-def _source(
-    bundle: Path | None, base: str | None, adapters: tuple[str, ...], image_encoder: str | None, output: Path | None
-) -> Path:
-    """The bundle's folder, from either way to name it."""
+def _source(bundle: Path | None, base: str | None, output: Path | None, model: Mapping[str, object]) -> Path:
+    """The bundle's folder, from either way to name it; `model` holds the options that describe a base model."""
     if bundle is not None and base is None:
-        extra = {"--adapter": bool(adapters), "--image-encoder": bool(image_encoder), "--output": bool(output)}
-        if given := [name for name, is_given in extra.items() if is_given]:
-            raise RequestError(f"{given[0]} goes with --base; add an adapter to a bundle with `ipa-export adapter`")
+        if given := [name for name, value in {**model, "output": output}.items() if value]:
+            option = f"--{given[0].replace('_', '-').removesuffix('s')}"
+            raise RequestError(f"{option} goes with --base; add an adapter to a bundle with `ipa-export adapter`")
         return bundle
     if bundle is None and base is not None and output is not None:
         return output

@@ -29,6 +29,7 @@ def _lines(bundle: Bundle) -> Iterator[str]:
     yield f"{bundle.root}: {manifest.family}, {_mebibytes(_size(manifest.files()))}, files and hashes verified"
     yield f"made with {', '.join(f'{name} {version}' for name, version in manifest.created_by.items())}"
     yield f"keys and values: {len(layers)} cross-attention layers, {manifest.kv_layout.size} wide"
+    yield from _changes(manifest)
     yield ""
     for name, component in manifest.components.items():
         yield from _component(name, component)
@@ -45,6 +46,18 @@ def _lines(bundle: Bundle) -> Iterator[str]:
     defaults = {name: value for name, value in asdict(manifest.defaults).items() if value != ""}
     yield f"defaults: {', '.join(f'{name} {value}' for name, value in defaults.items())}"
     yield from _validation(manifest)
+
+
+def _changes(manifest: Manifest) -> Iterator[str]:
+    """What the base model was made of, where it is no plain pipeline."""
+    for part, source in manifest.sources.items():
+        yield f"{part}: {source.name}{f', sha256 {source.sha256[:16]}' if source.sha256 else ''}"
+    for lora in manifest.loras:
+        yield f"lora: {lora.name} x {lora.scale:g}, sha256 {lora.sha256[:16]}"
+    for word in manifest.textual_inversions:
+        yield f"textual inversion: {word.token}, {word.vectors} tokens, of {word.name}, sha256 {word.sha256[:16]}"
+    if manifest.clip_skip:
+        yield f"clip skip: {manifest.clip_skip} layers of the text encoder left out"
 
 
 def _component(name: str, component: ComponentRecord) -> Iterator[str]:

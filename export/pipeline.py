@@ -1,20 +1,22 @@
-"""Reading a base model: a diffusers pipeline folder or a model of the Hub, one part at a time."""
+"""Reading a base model: a diffusers pipeline, of a folder or the Hub, or a checkpoint file, one part at a time."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from ipa.engines.bundle import hash_file
 from ipa.engines.errors import IpaError
-from ipa.engines.manifest import Defaults, ImageProcessorRecord, VaeRecord
+from ipa.engines.manifest import Defaults, ImageProcessorRecord, SourceRecord, VaeRecord
+from ipa.export.changes import BaseChanges
+from ipa.export.clip_tokenizer import clip_tokenizer
+from ipa.export.lora import read_lora
+from ipa.export.single_file import SD15_CONFIG, Checkpoint, is_checkpoint
+from ipa.export.source import Part, Source
+from ipa.export.textual_inversion import add_embeddings, add_tokens, read_textual_inversion
+from ipa.export.vae_source import VaeSource
 
-Part = TypeVar("Part")
-
-_HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+(/[\w.\-]+)*")
 _FAMILY_CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 # UNet options that add inputs which the graph does not have.
 _UNSUPPORTED = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
@@ -23,94 +25,35 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
-@dataclass(frozen=True)
-class Source:
-    """A folder, local or of the Hub, that holds model parts in sub-folders."""
-
-    location: str
-    subfolder: str = ""
-
-    @classmethod
-    def parse(cls, text: str, what: str) -> Source:
-        """A local folder, or `owner/name` (with `/sub/folder` where needed) of the Hub.
-
-        Raises:
-            IpaError: neither.
-        """
-        if Path(text).is_dir():
-            return cls(text)
-        if text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
-            raise IpaError(f"{what} {text} is neither a folder nor a Hub id like owner/name")
-        owner, name, *rest = text.split("/")
-        return cls(f"{owner}/{name}", "/".join(rest))
-
-    def file(self, path: str) -> Path | None:
-        """A file's local path; `None` when the source has no such file."""
-        path = f"{self.subfolder}/{path}" if self.subfolder else path
-        if Path(self.location).is_dir():
-            local = Path(self.location) / path
-            return local if local.is_file() else None
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            return Path(hf_hub_download(self.location, path))
-        except EntryNotFoundError:
-            return None
-        except Exception as error:
-            raise IpaError(f"cannot fetch {path} of {self.location} from the Hub: {_reason(error)}") from error
-
-    def json(self, path: str) -> dict[str, Any] | None:
-        """A JSON object; `None` when the source has no such file."""
-        file = self.file(path)
-        if file is None:
-            return None
-        try:
-            data = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise IpaError(f"{file} is not readable JSON ({error}); fetch the model again") from error
-        if not isinstance(data, dict):
-            raise IpaError(f"{file} is not a JSON object; fetch the model again")
-        return data
-
-    def load(self, load: Callable[..., Part], part: str) -> Part:
-        """Call a `from_pretrained` for one part, in FP32 on the CPU.
-
-        Raises:
-            IpaError: it failed, for whatever reason; the message names the part.
-        """
-        import torch
-
-        subfolder = "/".join(filter(None, (self.subfolder, part)))
-        is_local = Path(self.location).is_dir()
-        try:
-            model = load(self.location, subfolder=subfolder, torch_dtype=torch.float32, local_files_only=is_local)
-        except Exception as error:
-            raise IpaError(f"cannot load {part or 'the model'} of {self}: {_reason(error)}") from error
-        return model
-
-    def __str__(self) -> str:
-        return "/".join(filter(None, (self.location, self.subfolder)))
-
-
 class BasePipeline:
     """A Stable Diffusion 1.x pipeline: configurations read and checked at once, weights when asked for."""
 
-    def __init__(self, base: str, image_encoder: str | None = None) -> None:
-        """Read the configurations.
+    def __init__(self, base: str, image_encoder: str | None = None, changes: BaseChanges | None = None) -> None:
+        """Read the configurations, and the files of `changes`.
 
         Args:
-            base: pipeline folder or Hub id.
+            base: pipeline folder, Hub id or checkpoint file.
             image_encoder: folder or Hub id of a CLIP vision model with projection; `None`: the pipeline's own.
+            changes: what to change in it; `None`: nothing.
         Raises:
-            IpaError: not such a pipeline, or without an image encoder.
+            IpaError: not such a pipeline, without an image encoder, or a change does not fit it.
         """
         from transformers import CLIPTextConfig, CLIPVisionConfig  # they know the defaults that files leave out
 
-        self.source = Source.parse(base, "base model")
+        changes = changes or BaseChanges()
+        self._checkpoint = Checkpoint(Path(base)) if is_checkpoint(base) else None
+        if self._checkpoint is not None:
+            self.source = Source(str(changes.config or SD15_CONFIG))
+        elif changes.config is not None:
+            raise IpaError(f"--config goes with a checkpoint file as --base; {base} has configurations of its own")
+        else:
+            self.source = Source.parse(base, "base model")
         index = self.source.json("model_index.json")
         if index is None:
-            raise IpaError(f"{base} has no model_index.json; --base takes a pipeline folder in diffusers format")
+            raise IpaError(
+                f"{self.source} has no model_index.json; --base takes a pipeline folder in diffusers format or a "
+                "checkpoint file, --config a folder of the same format"
+            )
         if index.get("_class_name") not in _FAMILY_CLASSES:
             raise IpaError(
                 f"{base} is a {index.get('_class_name')}, which is not supported yet; expected a Stable Diffusion 1.x "
@@ -126,7 +69,8 @@ class BasePipeline:
                 "was trained with (for the official SD1.5 adapters h94/IP-Adapter/models/image_encoder)"
             )
         self.unet_config = self._config("unet")
-        self.vae_config = self._config("vae")
+        self._vae = VaeSource(changes.vae, self._file("vae")) if changes.vae else None
+        self.vae_config = self._config("vae") if self._vae is None else self._vae.config
         self.text_config = CLIPTextConfig.from_dict(self._config("text_encoder")).to_dict()
         self.scheduler_config = self._config("scheduler", "scheduler_config.json")
         prefix = f"{self._image_part}/" if self._image_part else ""
@@ -135,12 +79,55 @@ class BasePipeline:
             raise IpaError(f"image encoder {self.image_source} has no config.json")
         self.image_config = CLIPVisionConfig.from_dict(config).to_dict()
         self._check_unet()
+        self._check_parts()
+        self._read_changes(changes)
+
+    def _read_changes(self, changes: BaseChanges) -> None:
+        layers = self.text_config["num_hidden_layers"]
+        if not 0 <= changes.clip_skip < layers:
+            raise IpaError(f"--clip-skip {changes.clip_skip}: {self.source}'s text encoder has {layers} layers")
+        self.clip_skip = changes.clip_skip
+        width = self.text_config["hidden_size"]
+        self._inversions = [read_textual_inversion(file, width) for file in changes.textual_inversions]
+        self.textual_inversions = tuple(inversion.record for inversion in self._inversions)
+        self._token_ids: list[int] = []
+        if self._inversions:
+            self._tokenizer()
+            self.text_config["vocab_size"] = max(self.text_config["vocab_size"], *(i + 1 for i in self._token_ids))
+        self._loras = [read_lora(file) for file in changes.loras]
+        self.loras = tuple(lora.record for lora in self._loras)
+        if self._loras:
+            self._check_loras()
+
+    def _check_loras(self) -> None:
+        """Before the minutes that an export takes: models without weights know their layers."""
+        import torch
+        from diffusers import UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(self.unet_config)
+            text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(self.text_config))
+        for lora in self._loras:
+            lora.check("unet", unet)
+            lora.check("text_encoder", text_encoder)
+
+    def _check_parts(self) -> None:
+        if self._checkpoint is None:
+            return
+        for part, advice in (("vae", "name one with --vae"), ("text_encoder", "use a complete checkpoint")):
+            if part not in self._checkpoint.parts and not (part == "vae" and self._vae):
+                raise IpaError(f"base model {self._checkpoint.path} has no {part} weights; {advice}")
+
+    def _file(self, part: str, name: str = "config.json") -> Path:
+        file = self.source.file(f"{part}/{name}")
+        if file is None:
+            raise IpaError(f"{self.source} has no {part}/{name}; the pipeline folder is incomplete")
+        return file
 
     def _config(self, part: str, name: str = "config.json") -> dict[str, Any]:
-        config = self.source.json(f"{part}/{name}")
-        if config is None:
-            raise IpaError(f"{self.source} has no {part}/{name}; the pipeline folder is incomplete")
-        return config
+        self._file(part, name)
+        return self.source.json(f"{part}/{name}") or {}
 
     def _check_unet(self) -> None:
         used = [option for option in _UNSUPPORTED if self.unet_config.get(option)]
@@ -154,27 +141,51 @@ class BasePipeline:
         channels, latent = self.unet_config.get("in_channels", 4), self.vae_config.get("latent_channels", 4)
         if channels != latent:
             raise IpaError(
-                f"{self.source}: the unet takes {channels} channels and latents have {latent}; "
-                "inpainting models are not supported yet"
+                f"{self.source}: the unet takes {channels} channels and the vae's latents have {latent}; "
+                "inpainting models and VAEs of other families are not supported yet"
             )
 
     def load_unet(self) -> Any:
-        """The `UNet2DConditionModel`."""
+        """The `UNet2DConditionModel`, LoRAs added."""
         from diffusers import UNet2DConditionModel
 
-        return _frozen(self.source.load(UNet2DConditionModel.from_pretrained, "unet"))
+        if self._checkpoint is not None:
+            unet = self._checkpoint.load_unet(self._file("unet").parent)
+        else:
+            unet = self.source.load(UNet2DConditionModel.from_pretrained, "unet")
+        for lora in self._loras:
+            lora.fuse("unet", unet)
+        return _frozen(unet)
 
     def load_vae(self) -> Any:
         """The `AutoencoderKL`."""
         from diffusers import AutoencoderKL
 
+        if self._vae is not None:
+            return _frozen(self._vae.load())
+        if self._checkpoint is not None:
+            return _frozen(self._checkpoint.load_vae(self._file("vae").parent))
         return _frozen(self.source.load(AutoencoderKL.from_pretrained, "vae"))
 
     def load_text_encoder(self) -> Any:
-        """The `CLIPTextModel`."""
+        """The `CLIPTextModel`: LoRAs and new words added, without the layers that are skipped.
+
+        Its last hidden state is diffusers' prompt embedding for `clip_skip`: the final norm of the last layer left.
+        """
         from transformers import CLIPTextModel
 
-        return _frozen(self.source.load(CLIPTextModel.from_pretrained, "text_encoder"))
+        if self._checkpoint is not None:
+            model = self._checkpoint.load_text_encoder(self._file("text_encoder").parent)
+        else:
+            model = self.source.load(CLIPTextModel.from_pretrained, "text_encoder")
+        for lora in self._loras:
+            lora.fuse("text_encoder", model)
+        if self._inversions:
+            add_embeddings(model, self._inversions, self._token_ids)
+        if self.clip_skip:
+            text_model = getattr(model, "text_model", model)  # transformers before 5.6 has one level more
+            text_model.encoder.layers = text_model.encoder.layers[: -self.clip_skip]
+        return _frozen(model)
 
     def load_image_encoder(self) -> Any:
         """The `CLIPVisionModelWithProjection`."""
@@ -183,17 +194,36 @@ class BasePipeline:
         return _frozen(self.image_source.load(CLIPVisionModelWithProjection.from_pretrained, self._image_part))
 
     def load_tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer`; its padding section holds length and token to pad with."""
-        from transformers import CLIPTokenizer
-
-        # transformers makes an empty tokenizer of a folder that has no vocabulary
-        if not any(self.source.file(f"tokenizer/{name}") for name in ("tokenizer.json", "vocab.json")):
-            raise IpaError(f"{self.source} has no tokenizer/tokenizer.json; the pipeline folder is incomplete")
-        tokenizer = self.source.load(_without_dtype(CLIPTokenizer.from_pretrained), "tokenizer")
+        """The `tokenizers.Tokenizer`, new words added; its padding section holds length and token to pad with."""
+        tokenizer = self._tokenizer()
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.enable_padding(length=self.text_tokens, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
         return backend
+
+    def _tokenizer(self) -> Any:
+        """The `CLIPTokenizer` with the new words, whose ids are kept."""
+        from transformers import CLIPTokenizer
+
+        # transformers makes an empty tokenizer of a folder that has no vocabulary
+        if any(self.source.file(f"tokenizer/{name}") for name in ("tokenizer.json", "vocab.json")):
+            tokenizer = self.source.load(_without_dtype(CLIPTokenizer.from_pretrained), "tokenizer")
+        elif merges := self.source.file("tokenizer/merges.txt"):
+            tokenizer = clip_tokenizer(merges, self.text_tokens)
+        else:
+            raise IpaError(f"{self.source} has no tokenizer/tokenizer.json; the pipeline folder is incomplete")
+        self._token_ids = add_tokens(tokenizer, self._inversions)
+        return tokenizer
+
+    @property
+    def sources(self) -> dict[str, SourceRecord]:
+        """Where the weights came from that a user named one by one."""
+        found = {}
+        if self._checkpoint is not None:
+            found["checkpoint"] = SourceRecord(self._checkpoint.path.name, hash_file(self._checkpoint.path))
+        if self._vae is not None:
+            found["vae"] = self._vae.record
+        return found
 
     @property
     def text_tokens(self) -> int:
@@ -251,8 +281,3 @@ def _without_dtype(load: Callable[..., Part]) -> Callable[..., Part]:
         return load(location, subfolder=subfolder, local_files_only=local_files_only)
 
     return load_tokenizer
-
-
-def _reason(error: Exception) -> str:
-    """The first line of a library's message."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

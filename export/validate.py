@@ -21,6 +21,7 @@ from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, axis_size
 from ipa.engines.tensorrt_library import MODULES
 from ipa.export.adapters import AdapterFile, AdapterWeights, BaseAdapter, read_adapter
 from ipa.export.cases import SIZES, Size, cases, free_axes, step_inputs
+from ipa.export.changes import BaseChanges, check_source, repeated
 from ipa.export.checks import TOLERANCES, Check, agreement, change, failure, median, picture, worst
 from ipa.export.dimensions import manifest_dimensions
 from ipa.export.graphs import component_modules
@@ -28,6 +29,7 @@ from ipa.export.oracle import DiffusersStep
 from ipa.export.pipeline import BasePipeline
 from ipa.export.progress import Progress, silent
 from ipa.export.publish import locked_bundle, update_manifest
+from ipa.export.single_file import is_checkpoint
 from ipa.export.versions import created_by
 from ipa.export.whole_run import LARGEST, WholeRuns
 
@@ -45,18 +47,22 @@ class Validator:
         image_encoder: str | None,
         adapters: Sequence[AdapterFile],
         engine: str = REFERENCE_ENGINE,
+        changes: BaseChanges | None = None,
     ) -> None:
         """Open the bundle and read the adapter files.
 
         Args:
             engine: back-end to compare, one of `ipa.engines.registry.ENGINE_NAMES`.
+            changes: the files that the bundle says it was made with.
         Raises:
             IpaError: the bundle is damaged, or base model or adapters are not the kind of the bundle's.
         """
         self.bundle = Bundle.open(root)
         self.engine = self.bundle.resolve_engine(engine).name
-        self.base = BasePipeline(base, image_encoder)
-        manifest = self.bundle.manifest
+        manifest, given = self.bundle.manifest, changes or BaseChanges()
+        check_source(manifest, "checkpoint", "--base", base if is_checkpoint(base) else None)
+        check_source(manifest, "vae", "--vae", given.vae)
+        self.base = BasePipeline(base, image_encoder, repeated(manifest, given))
         dimensions = manifest_dimensions(manifest)
         self._adapters = {
             _bundle_name(self.bundle, file): read_adapter(file.path, manifest.kv_layout, dimensions)

@@ -13,9 +13,9 @@ import click
 
 from ipa.engines.errors import IpaError
 
-EXIT_FAILED = 1  # some requests of many
 # Those of `ipa.runtime.schedulers.SCHEDULER_NAMES`, written out: the help needs no numpy.
 SCHEDULERS = "ddim, pndm, euler, euler-ancestral, dpm++-2m, dpm++-2m-karras, unipc, lcm, ddpm"
+EXIT_FAILED = 1  # some requests of many
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
+        self._series = _series(backend)
 
     @classmethod
     def open(cls, path: Path, max_tokens: int) -> Tokenizer:
@@ -82,12 +84,32 @@ class Tokenizer:
         """
         _check_text(text)
         encoding = self._backend.encode(text, add_special_tokens=False)
+        # (id, where its text starts) of every token; a word of several vectors stands for all of them.
+        tokens = [
+            (member, start)
+            for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
+            for member in self._series.get(token, (token,))
+        ]
         room = self.max_tokens - 2
         ids = np.full(self.max_tokens, self._pad, dtype=np.int64)
-        kept = encoding.ids[:room]
+        kept = [token for token, _ in tokens[:room]]
         ids[: len(kept) + 2] = [self._bos, *kept, self._eos]
-        cut = text[encoding.offsets[room][0] :] if len(encoding.ids) > room else ""
+        cut = text[tokens[room][1] :] if len(tokens) > room else ""
         return Encoding(ids, cut)
+
+
+def _series(backend: tokenizers.Tokenizer) -> dict[int, tuple[int, ...]]:
+    """Words that several vectors were learned for, by textual inversion: id of the word to ids of all its vectors.
+
+    The vocabulary names them `word`, `word_1`, `word_2`, ..., which is diffusers' convention (`maybe_convert_prompt`).
+    """
+    added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
+    found = {}
+    for word, index in added.items():
+        names = [word, *takewhile(added.__contains__, (f"{word}_{n}" for n in count(1)))]
+        if len(names) > 1:
+            found[index] = tuple(added[name] for name in names)
+    return found
 
 
 def _check_text(text: str) -> None:

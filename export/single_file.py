@@ -1,0 +1,154 @@
+"""Checkpoints that are one file, in the layout of the original Stable Diffusion: read one part at a time.
+
+diffusers converts the names. It takes the configurations from a folder, ours or the user's, never from the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ipa.engines.errors import IpaError, first_line
+from ipa.export.weight_files import SUFFIXES, check_file, damaged, named_tensors, read_weights
+
+SD15_CONFIG = Path(str(files("ipa.export") / "assets" / "sd15"))
+_UNET, _VAE, _TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+_PARTS = {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT}
+_CONV_IN = f"{_UNET}input_blocks.0.0.weight"
+# By their text encoders, under names that Stable Diffusion 1.x does not have.
+_FAMILIES = (("conditioner.embedders.", "Stable Diffusion XL"), ("cond_stage_model.model.", "Stable Diffusion 2.x"))
+_LATENT_CHANNELS = 4
+_VAE_GROUPS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+# Some early fine-tunes left a level of CLIP's names out.
+_OLD_TEXT, _NEW_TEXT = f"{_TEXT}transformer.", f"{_TEXT}transformer.text_model."
+_OLD_TEXT_GROUPS = ("embeddings.", "encoder.", "final_layer_norm.")
+
+
+def is_checkpoint(base: str) -> bool:
+    """Whether a base model is named as a single file."""
+    return Path(base).is_file() or Path(base).suffix in SUFFIXES
+
+
+class Checkpoint:
+    """A Stable Diffusion 1.x checkpoint file; its weights are read when a part is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the names and shapes.
+
+        Raises:
+            IpaError: the file is missing, damaged, unsafe, or of another family.
+        """
+        check_file(path, "base model")
+        self.path = path
+        # A pickle is mapped into memory, so that its tensors cost nothing before they are used.
+        self._pickled = None if path.suffix == ".safetensors" else self._read_pickle()
+        shapes = self._shapes()
+        self._check_family(shapes)
+        self.parts = {part for part, prefix in _PARTS.items() if any(name.startswith(prefix) for name in shapes)}
+
+    def _check_family(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        family = next((family for prefix, family in _FAMILIES if any(name.startswith(prefix) for name in shapes)), None)
+        channels = shapes.get(_CONV_IN, (0, 0))[1]
+        if family is None and channels == 0:
+            raise IpaError(
+                f"base model {self.path} has no {_CONV_IN}, so it is no Stable Diffusion checkpoint; --base takes one "
+                "in the original layout, or a pipeline folder"
+            )
+        if family is None and channels != _LATENT_CHANNELS:
+            family = "an inpainting model" if channels == 9 else f"a model that takes {channels} channels"
+        if family is not None:
+            raise IpaError(
+                f"base model {self.path} is {family}, which is not supported yet; expected Stable Diffusion 1.x"
+            )
+
+    def _read_pickle(self) -> dict[str, Tensor]:
+        return named_tensors(read_weights(self.path, "base model"), self.path, "base model")
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        if self._pickled is not None:
+            return {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
+        try:
+            with safe_open(self.path, "pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise damaged(self.path, "base model") from error
+
+    def _tensors(self, prefix: str) -> dict[str, Tensor]:
+        if self._pickled is not None:
+            return {name: tensor for name, tensor in self._pickled.items() if name.startswith(prefix)}
+        with safe_open(self.path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+
+    def load_unet(self, config: Path) -> Any:
+        """The `UNet2DConditionModel`; `config` is the folder of its `config.json`."""
+        from diffusers import UNet2DConditionModel
+
+        return _loaded(UNet2DConditionModel.from_single_file, self._tensors(_UNET), config, f"unet of {self.path}")
+
+    def load_vae(self, config: Path) -> Any:
+        """The `AutoencoderKL`; `config` is the folder of its `config.json`."""
+        from diffusers import AutoencoderKL
+
+        return _loaded(AutoencoderKL.from_single_file, self._tensors(_VAE), config, f"vae of {self.path}")
+
+    def load_text_encoder(self, config: Path) -> Any:
+        """The `CLIPTextModel`; `config` is the folder of its `config.json`."""
+        from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+        from transformers import CLIPTextModel
+
+        def load(tensors: dict[str, Tensor], **options: Any) -> Any:
+            return create_diffusers_clip_model_from_ldm(CLIPTextModel, tensors, **options)
+
+        tensors = {_text_name(name): tensor for name, tensor in self._tensors(_TEXT).items()}
+        return _loaded(load, tensors, config, f"text_encoder of {self.path}")
+
+
+def load_vae_file(path: Path, config: Path) -> Any:
+    """The `AutoencoderKL` of a file, in the original layout or in diffusers'.
+
+    Args:
+        config: folder of its `config.json`.
+    Raises:
+        IpaError: the file is missing, damaged or unsafe, or holds no such VAE.
+    """
+    from diffusers import AutoencoderKL
+
+    tensors = named_tensors(read_weights(path, "vae"), path, "vae")
+    named = {name.removeprefix(_VAE): tensor for name, tensor in tensors.items()}
+    wanted = {name: tensor for name, tensor in named.items() if name.startswith(_VAE_GROUPS)}
+    if not wanted:
+        raise IpaError(f"vae {path} has no encoder.* and decoder.* weights, so it is no VAE of Stable Diffusion")
+    return _loaded(AutoencoderKL.from_single_file, wanted, config, f"vae {path}")
+
+
+def _text_name(name: str) -> str:
+    rest = name.removeprefix(_OLD_TEXT)
+    return _NEW_TEXT + rest if rest != name and rest.startswith(_OLD_TEXT_GROUPS) else name
+
+
+def _loaded(load: Callable[..., Any], tensors: dict[str, Tensor], config: Path, what: str) -> Any:
+    """Convert and load, in FP32 on the CPU; every weight of the model must be there."""
+    try:
+        model = load(tensors, config=str(config), torch_dtype=torch.float32, local_files_only=True)
+    except Exception as error:
+        raise IpaError(
+            f"cannot load the {what} with the configuration in {config}: {first_line(error)}; name the configurations "
+            "of this checkpoint with --config DIR"
+        ) from error
+    if missing := _missing(model):
+        raise IpaError(
+            f"cannot load the {what}: it misses {min(missing)}; the file is incomplete, or needs --config DIR"
+        )
+    return model
+
+
+def _missing(model: nn.Module) -> list[str]:
+    """What no weight was found for: it stays on the meta device."""
+    named: Iterable[tuple[str, Tensor]] = model.named_parameters()
+    return [name for name, parameter in named if parameter.is_meta]

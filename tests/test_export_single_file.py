@@ -1,0 +1,278 @@
+"""`--base FILE` and `--vae`: checkpoints in the original layout, converted by diffusers with configurations on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from original_layout import original_state_dict, original_vae, write_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ipa.engines.bundle import Bundle, hash_file
+from ipa.engines.errors import IpaError
+from ipa.export.changes import BaseChanges
+from ipa.export.cli import main
+from ipa.export.pipeline import BasePipeline
+from ipa.export.single_file import SD15_CONFIG, Checkpoint
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def config(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline's configurations and tokenizer, no weights, no image encoder."""
+    folder = tmp_path_factory.mktemp("config")
+    ignored = shutil.ignore_patterns("*.safetensors", "image_encoder")
+    return Path(shutil.copytree(tiny_base, folder, ignore=ignored, dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tiny_base, tmp_path_factory.mktemp("checkpoint") / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def other_vae(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VAE folder of the same sizes, other weights and another scaling factor."""
+    torch.manual_seed(5)
+    options = AutoencoderKL.load_config(tiny_base / "vae")
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL.from_config({**options, "scaling_factor": 0.5}).save_pretrained(folder)
+    return folder
+
+
+def same_weights(found: torch.nn.Module, expected: torch.nn.Module) -> None:
+    left, right = found.state_dict(), expected.state_dict()
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def test_a_checkpoint_gives_the_graphs_of_its_pipeline(
+    checkpoint: Path, config: Path, tiny_base: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    source = ("--base", checkpoint, "--config", config, "--image-encoder", tiny_base / "image_encoder")
+    result = run("onnx", *source, "--output", bundle)
+    assert result.exit_code == 0, result.output
+    made, expected = Bundle.open(bundle).manifest, Bundle.open(tiny_bundle).manifest
+    for name, component in expected.components.items():
+        assert made.components[name] == component, name
+    assert (made.tokenizer, made.scheduler, made.vae) == (expected.tokenizer, expected.scheduler, expected.vae)
+    assert made.sources["checkpoint"].sha256 == hash_file(checkpoint)
+    assert f"checkpoint: model.safetensors, sha256 {hash_file(checkpoint)[:16]}" in run("inspect", bundle).stdout
+    other = write_checkpoint(tiny_base, tmp_path / "other.safetensors", torch.bfloat16)
+    for base, message in ((other, "has sha256"), (tiny_base, "was made with --base model.safetensors")):
+        wrong = run("validate", "--bundle", bundle, "--base", base)
+        assert (wrong.exit_code, message in wrong.stderr) == (2, True), wrong.output
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_every_layout_of_a_checkpoint_loads(suffix: str, config: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """Training checkpoints in a pickle with `state_dict`; files in half precision, without `text_model`."""
+    file = tmp_path / f"model.{suffix}"
+    write_checkpoint(tiny_base, file, torch.float32 if suffix == "ckpt" else torch.float16)
+    expected = StableDiffusionPipeline.from_pretrained(tiny_base, local_files_only=True)
+    if suffix == "safetensors":
+        state = {name.replace("transformer.text_model.", "transformer."): t for name, t in load_file(file).items()}
+        save_file({**state, "cond_stage_model.transformer.embeddings.position_ids": torch.arange(77)[None]}, file)
+        expected.to(torch.float16).to(torch.float32)
+    base = BasePipeline(str(file), str(tiny_base / "image_encoder"), BaseChanges(config=config))
+    same_weights(base.load_unet(), expected.unet)
+    same_weights(base.load_vae(), expected.vae)
+    same_weights(base.load_text_encoder(), expected.text_encoder)
+
+
+def test_the_shipped_configurations_are_those_of_sd15() -> None:
+    """Parameter counts as published, CLIP's ids, and what diffusers' scheduler reads."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(SD15_CONFIG / "unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(SD15_CONFIG / "vae"))
+        text = CLIPTextModel(CLIPTextConfig.from_pretrained(SD15_CONFIG / "text_encoder"))
+    assert [sum(p.numel() for p in model.parameters()) for model in (unet, vae, text)] == [
+        859_520_964,
+        83_653_863,
+        123_060_480,
+    ]
+    assert text.config.hidden_act == "quick_gelu"
+
+
+def test_the_shipped_tokenizer_is_clip_s(tmp_path: Path, checkpoint: Path, tiny_base: Path) -> None:
+    base = BasePipeline(str(checkpoint), str(tiny_base / "image_encoder"))
+    ids = base.load_tokenizer().encode("a photo of a cat").ids
+    assert ids[:8] == [49406, 320, 1125, 539, 320, 2368, 49407, 49407]  # as openai/clip-vit-large-patch14 gives
+    assert (len(ids), base.load_tokenizer().get_vocab_size()) == (77, 49408)
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return print, ("this ran",)
+
+
+def without(prefix: str, file: Path, source: Path) -> Path:
+    save_file({name: tensor for name, tensor in load_file(source).items() if not name.startswith(prefix)}, file)
+    return file
+
+
+def with_shape(name: str, shape: tuple[int, ...], file: Path, source: Path) -> Path:
+    save_file({**load_file(source), name: torch.zeros(shape)}, file)
+    return file
+
+
+def pickled(file: Path) -> Path:
+    torch.save({"state_dict": {"x": Code()}}, file)
+    return file
+
+
+def cut(file: Path, source: Path) -> Path:
+    file.write_bytes(source.read_bytes()[:5000])
+    return file
+
+
+BAD_FILES: dict[str, tuple[Any, str]] = {
+    "missing": (lambda folder, _: folder / "no.safetensors", "no such file"),
+    "pickle": (lambda folder, _: pickled(folder / "x.ckpt"), "would run code when loaded"),
+    "cut": (lambda folder, file: cut(folder / "x.safetensors", file), "not readable"),
+    "adapter": (
+        lambda folder, file: without("", folder / "x.safetensors", file),
+        "no model.diffusion_model.input_blocks",
+    ),
+    "no vae": (lambda folder, file: without("first_stage", folder / "x.safetensors", file), "no vae weights; name one"),
+    "no text": (lambda folder, file: without("cond_", folder / "x.safetensors", file), "no text_encoder weights"),
+    "inpainting": (
+        lambda folder, file: with_shape(
+            "model.diffusion_model.input_blocks.0.0.weight", (24, 9, 3, 3), folder / "x.safetensors", file
+        ),
+        "is an inpainting model, which is not supported",
+    ),
+    "xl": (
+        lambda folder, file: with_shape(
+            "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias",
+            (1,),
+            folder / "x.safetensors",
+            file,
+        ),
+        "is Stable Diffusion XL, which is not supported",
+    ),
+    "a missing weight": (
+        lambda folder, file: without(
+            "cond_stage_model.transformer.text_model.final_layer_norm", folder / "x.safetensors", file
+        ),
+        "it misses final_layer_norm",
+    ),
+    "other sizes": (
+        lambda folder, file: with_shape(
+            "cond_stage_model.transformer.text_model.final_layer_norm.bias", (7,), folder / "x.safetensors", file
+        ),
+        "--config DIR",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_refuses_a_checkpoint(
+    case: str, checkpoint: Path, config: Path, tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make, message = BAD_FILES[case]
+    source = ("--base", make(tmp_path, checkpoint), "--config", config)
+    result = run("onnx", *source, "--image-encoder", tiny_base / "image_encoder", "--output", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert "this ran" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--base", "{checkpoint}"], "pass --image-encoder"),
+        (["--base", "{base}", "--config", "{base}"], "--config goes with a checkpoint file"),
+        (["--base", "{base}", "--vae", "{base}/nothing"], "neither a folder nor"),
+        (["--base", "{base}", "--vae", "{base}/nothing.safetensors"], "no such file"),
+        (["--base", "{base}", "--vae", "{base}/scheduler"], "has no config.json"),
+        (["--base", "{base}", "--vae", "{base}/unet"], "is a UNet2DConditionModel"),
+        (["--base", "{base}", "--vae", "{base}/unet/diffusion_pytorch_model.safetensors"], "no encoder.*"),
+    ],
+)
+def test_refuses_options(arguments: list[str], message: str, checkpoint: Path, tiny_base: Path, tmp_path: Path) -> None:
+    filled = (text.format(checkpoint=checkpoint, base=tiny_base) for text in arguments)
+    result = run("onnx", *filled, "--output", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["folder", "pipeline", "diffusers file", "original file", "prefixed pickle"])
+def test_another_vae_replaces_the_pipeline_s(layout: str, other_vae: Path, tiny_base: Path, tmp_path: Path) -> None:
+    expected = AutoencoderKL.from_pretrained(other_vae)
+    original = original_vae(expected)
+    if layout == "folder":
+        vae = other_vae
+    elif layout == "pipeline":
+        vae = Path(shutil.copytree(tiny_base, tmp_path / "pipeline"))
+        shutil.copytree(other_vae, vae / "vae", dirs_exist_ok=True)
+    elif layout == "diffusers file":
+        vae = other_vae / "diffusion_pytorch_model.safetensors"
+    elif layout == "original file":
+        vae = tmp_path / "vae.safetensors"
+        save_file({**original, "loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}, vae)
+    else:
+        vae = tmp_path / "vae.pt"
+        torch.save({"state_dict": {f"first_stage_model.{name}": tensor for name, tensor in original.items()}}, vae)
+    base = BasePipeline(str(tiny_base), None, BaseChanges(vae=str(vae)))
+    same_weights(base.load_vae(), expected)
+    # a file does not say its scaling factor
+    assert base.vae_record.scaling_factor == (0.5 if layout in ("folder", "pipeline") else 0.18215)
+
+
+def test_vaes_of_other_families_are_refused(other_vae: Path, tiny_base: Path, tmp_path: Path) -> None:
+    AutoencoderTiny().save_pretrained(tmp_path / "taesd")
+    shifted = Path(shutil.copytree(other_vae, tmp_path / "shifted"))
+    config = json.loads((shifted / "config.json").read_text())
+    (shifted / "config.json").write_text(json.dumps({**config, "shift_factor": 0.1}))
+    wide = Path(shutil.copytree(other_vae, tmp_path / "wide"))
+    (wide / "config.json").write_text(json.dumps({**config, "latent_channels": 16}))
+    for vae, message in ((tmp_path / "taesd", "AutoencoderTiny"), (shifted, "shift_factor"), (wide, "latents have 16")):
+        with pytest.raises(IpaError, match=message):
+            BasePipeline(str(tiny_base), None, BaseChanges(vae=str(vae)))
+
+
+def test_a_checkpoint_without_a_vae_takes_another(
+    checkpoint: Path, config: Path, other_vae: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    file = without("first_stage_model.", tmp_path / "pruned.safetensors", checkpoint)
+    changes = BaseChanges(config=config, vae=str(other_vae))
+    base = BasePipeline(str(file), str(tiny_base / "image_encoder"), changes)
+    same_weights(base.load_vae(), AutoencoderKL.from_pretrained(other_vae))
+
+
+@pytest.mark.slow
+def test_a_full_size_checkpoint_loads_with_the_shipped_configurations(tmp_path: Path) -> None:
+    """Random weights of SD1.5's sizes in half precision, 2.1 GB; about 8 GiB of memory at the peak."""
+    from ipa.benchmarks.full_size import write_pipeline
+
+    write_pipeline(tmp_path / "base")
+    file = write_checkpoint(tmp_path / "base", tmp_path / "sd15.safetensors", torch.float16)
+    image_encoder = str(tmp_path / "base" / "image_encoder")
+    base, expected = BasePipeline(str(file), image_encoder), BasePipeline(str(tmp_path / "base"))
+    assert Checkpoint(file).parts == {"unet", "vae", "text_encoder"}
+    unet = base.load_unet()
+    for name, tensor in expected.load_unet().state_dict().items():
+        assert torch.equal(unet.get_parameter(name), tensor.half().float()), name
+    del unet
+    same_weights(base.load_vae(), expected.load_vae().half().float())
+    same_weights(base.load_text_encoder(), expected.load_text_encoder().half().float())
+    assert base.defaults.height == 512
+    np.testing.assert_equal(base.vae_record.downscale, 8)
+    assert len(original_state_dict(StableDiffusionPipeline.from_pretrained(tmp_path / "base"))) == len(load_file(file))
