@@ -17,7 +17,7 @@ from ipa.export.source import Part, Source
 from ipa.export.textual_inversion import add_embeddings, add_tokens, read_textual_inversion
 from ipa.export.vae_source import VaeSource
 
-_FAMILY_CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+_FAMILY_CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 # UNet options that add inputs which the graph does not have.
 _UNSUPPORTED = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
@@ -139,10 +139,10 @@ class BasePipeline:
                 f"{self.source}: the unet wants text of width {widths[0]}, the text encoder gives {widths[1]}"
             )
         channels, latent = self.unet_config.get("in_channels", 4), self.vae_config.get("latent_channels", 4)
-        if channels != latent:
+        if channels not in (latent, 2 * latent + 1):
             raise IpaError(
-                f"{self.source}: the unet takes {channels} channels and the vae's latents have {latent}; "
-                "inpainting models and VAEs of other families are not supported yet"
+                f"{self.source}: the unet takes {channels} channels, expected {latent}, as the vae's latents have, or "
+                f"{2 * latent + 1} of an inpainting model (with a mask and a masked picture)"
             )
 
     def load_unet(self) -> Any:

@@ -154,7 +154,7 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated weights": (cut("text_encoder/model.safetensors", 1000), "cannot load text_encoder"),
     "broken json": (cut("unet/config.json", 100), "not readable JSON"),
     "time condition": (edit_config("unet/config.json", time_cond_proj_dim=256), "time_cond_proj_dim"),
-    "inpainting": (edit_config("unet/config.json", in_channels=9), "inpainting"),
+    "another model": (edit_config("unet/config.json", in_channels=5), "takes 5 channels, expected 4"),
     "text width": (edit_config("unet/config.json", cross_attention_dim=64), "wants text of width 64"),
 }
 
