@@ -19,7 +19,7 @@ from ipa.engines.packed_kv import no_image_kv, scale_values
 from ipa.engines.registry import backend_named, open_engine
 from ipa.engines.spec import ComponentSpec, KVLayout
 from ipa.engines.tensorrt_library import MODULES
-from ipa.export.adapters import AdapterFile, AdapterWeights, BaseAdapter, read_adapter
+from ipa.export.adapters import AdapterFile, AdapterWeights, read_adapter
 from ipa.export.cases import SIZES, Size, cases, free_axes, step_inputs
 from ipa.export.checks import TOLERANCES, Check, agreement, change, failure, median, picture, worst
 from ipa.export.dimensions import manifest_dimensions
@@ -90,7 +90,7 @@ class Validator:
         for name, weights in self._adapters.items():
             progress(f"ip_adapter/{name}")
             with self.bundle.open_component(f"ip_adapter/{name}", self.engine) as engine:
-                yield self._component(f"ip_adapter/{name}", engine, BaseAdapter(weights))
+                yield self._component(f"ip_adapter/{name}", engine, weights.module())
         progress("step")
         yield from self._steps()
         progress("run")
@@ -163,7 +163,7 @@ class Validator:
         yield worst(zero_scale)
         _, inputs = next(step_inputs(self.bundle.manifest, self._sizes))
         output = chain(inputs, adapter, 1.0)
-        other = {**inputs, "image_embeds": -inputs["image_embeds"]}
+        other = {**inputs, weights.feature: -inputs[weights.feature]}
         yield change(f"step, {name}, moves with image", output, chain(other, adapter, 1.0), largest.relative_error)
         yield change(f"step, {name}, moves with scale", output, chain(inputs, adapter, 0.0), largest.relative_error)
 
@@ -206,7 +206,8 @@ class Chain:
         if adapter is None:
             image_kv = np.repeat(no_image_kv(self._layout, str(text_kv.dtype)), len(text_kv), axis=0)
         else:
-            image_kv = adapter(image_embeds=inputs["image_embeds"])["image_kv"]
+            feature = adapter.spec.inputs[0].name
+            image_kv = adapter(**{feature: inputs[feature]})["image_kv"]
             image_kv = scale_values(image_kv, self._layout, scale)
         step = self.unet(sample=inputs["sample"], timestep=inputs["timestep"], text_kv=text_kv, image_kv=image_kv)
         return step["noise_pred"]

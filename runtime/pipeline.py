@@ -20,7 +20,7 @@ from ipa.engines.engine import Engine
 from ipa.engines.errors import BundleError, RequestError
 from ipa.engines.packed_kv import no_image_kv, scale_values
 from ipa.engines.tensorrt_library import MODULES
-from ipa.runtime.conditioning import guidance_batch
+from ipa.runtime.conditioning import guidance_batch, image_features
 from ipa.runtime.denoise import Step, denoise
 from ipa.runtime.images import open_image, preprocess, to_images
 from ipa.runtime.noise import TorchGenerator
@@ -210,17 +210,9 @@ class Pipeline(Closing):
         if image is None or request.adapter is None or request.ip_adapter_scale is None:
             return no_image_kv(layout, self.manifest.components["unet"].dtype)
         record = self.bundle.adapter(request.adapter)
-        if record.negative != "zeros":
-            raise BundleError(
-                f"adapter '{request.adapter}' makes its negative tokens by {record.negative!r}, this ipa-runtime "
-                "knows 'zeros'; upgrade with `pip install -U ipa-runtime`"
-            )
-        feature = record.feature
-        encoder = self._engine("image_encoder")
         pixel_values = preprocess([image], self.manifest.image_processor)
-        features = encoder(pixel_values=pixel_values.astype(encoder.spec.inputs[0].dtype))[feature]
-        halves = np.concatenate([np.zeros_like(features), features])
-        image_kv = self._engine(f"ip_adapter/{request.adapter}")(**{feature: halves})["image_kv"]
+        halves = image_features(self._engine("image_encoder"), pixel_values, request.adapter, record)
+        image_kv = self._engine(f"ip_adapter/{request.adapter}")(**{record.feature: halves})["image_kv"]
         return scale_values(image_kv, layout, request.ip_adapter_scale)
 
     def _denoise(self, request: Request, schedule: Schedule, text_kv: Array, image_kv: Array) -> Iterator[Step]:
