@@ -97,7 +97,7 @@ def tiny_kind_files(session_folder: Path, tiny_base: Path, tiny_adapter_file: Pa
 
 @pytest.fixture(scope="session")
 def tiny_kinds_bundle(session_folder: Path, tiny_bundle: Path, tiny_kind_files: dict[str, Path]) -> Path:
-    """`tiny_bundle` with an adapter of every kind, named `tiny`, `plus` and `full-face`, added one by one. Read only."""
+    """`tiny_bundle` with an adapter of every kind, named `tiny`, `plus` and `full-face`, added later. Read only."""
     return made_once(
         session_folder, "tiny_kinds_bundle", lambda folder: _with_kinds(tiny_bundle, folder, tiny_kind_files)
     )
