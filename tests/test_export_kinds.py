@@ -292,6 +292,29 @@ def test_an_adapter_of_the_kind_base_beside_the_others_is_the_same_file(
     assert replace(after, adapters=before.adapters) == before
 
 
+@pytest.mark.parametrize("engine_name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["plus", "full-face"])
+def test_engines_of_the_cpu_at_any_batch(
+    kind: str,
+    dtype: str,
+    engine_name: str,
+    tiny_kind_files: dict[str, Path],
+    request: pytest.FixtureRequest,
+) -> None:
+    folder = request.getfixturevalue({"float32": "tiny_kinds_bundle", "float16": "tiny_kinds_half_bundle"}[dtype])
+    reference = read(folder, tiny_kind_files[kind]).module()
+    with Bundle.open(folder, verify=False).open_component(f"ip_adapter/{kind}", engine_name) as engine:
+        tolerance = max(TOLERANCES[dtype], TOLERANCES[engine.precision])
+        for batch in (1, 2, 5):
+            hidden_states = torch.randn(batch, 37, HIDDEN_WIDTH).to(getattr(torch, dtype))
+            found = engine(hidden_states=hidden_states.numpy())
+            with torch.no_grad():
+                expected = {"image_kv": reference(hidden_states.float()).numpy()}
+            check = agreement(kind, "", found, expected, tolerance)
+            assert check.passed, str(check)
+
+
 def test_opset_20(tiny_bundle: Path, tiny_kind_files: dict[str, Path], tmp_path: Path) -> None:
     """Gelu is an operator of its own there."""
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
