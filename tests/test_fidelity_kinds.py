@@ -17,6 +17,7 @@ from PIL import Image
 from test_fidelity import assert_same_latents, last_latents, make_request, run_diffusers
 
 from ipa.engines.bundle import hash_file
+from ipa.export.checks import TOLERANCES
 from ipa.runtime import Pipeline
 
 NAMES = {"base": "tiny", "plus": "plus", "full-face": "full-face"}  # of the bundle's adapters, by kind
@@ -98,3 +99,16 @@ def test_without_guidance_and_in_batches(
 def test_scale_0_is_the_base_model_exactly(pipeline: Pipeline, picture: Image.Image, kind: str) -> None:
     found = last_latents(pipeline, make_request(picture, adapter=NAMES[kind], ip_adapter_scale=0.0))
     np.testing.assert_array_equal(found, last_latents(pipeline, make_request(None, ip_adapter_scale=0.0)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_stays_near(
+    oracles: dict[str, Any], tiny_kinds_half_bundle: Path, picture: Image.Image, kind: str
+) -> None:
+    """Guidance g adds errors of both halves, g and g - 1 times; a negative half of zeros would be 1.9 off."""
+    request = make_request(picture, adapter=NAMES[kind], guidance_scale=6.0)
+    expected = run_diffusers(oracles[kind], picture, request, "latent").numpy()
+    with Pipeline.open(tiny_kinds_half_bundle, engine="onnxruntime", keep_engines=False) as pipe:
+        found = last_latents(pipe, request)
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() / np.abs(expected).max() < (6 + 5) * TOLERANCES["float16"]
