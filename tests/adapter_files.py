@@ -1,4 +1,4 @@
-"""Names and shapes in the published adapter files, by kind; see `ip_adapter` tensors in `tiny.tiny_adapter`."""
+"""Names and shapes in the published adapter files, by kind; `tiny.tiny_adapter` fills them."""
 
 from __future__ import annotations
 
