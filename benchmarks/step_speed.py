@@ -42,6 +42,7 @@ from ipa.engines.machine import available_cores
 from ipa.engines.registry import BACKENDS, open_engine
 from ipa.engines.spec import SPECS, ComponentSpec, TensorSpec, axis_size
 from ipa.export import winograd
+from ipa.export.adapter_kinds import BASE
 from ipa.export.adapters import AdapterWeights, read_adapter
 from ipa.export.attention import attend
 from ipa.export.dimensions import manifest_dimensions
@@ -185,6 +186,8 @@ def main(
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=torch.float32).eval()
     opened = Bundle.open(bundle)
     weights = read_adapter(adapter, opened.manifest.kv_layout, manifest_dimensions(opened.manifest))
+    if weights.kind is not BASE:
+        raise click.UsageError(f"--adapter {adapter} is of the kind {weights.kind.name}; a base one is compared")
     matrix = torch.randn(MATRIX, MATRIX)
     contenders: dict[str, Callable[[], object]] = {}
     with ExitStack() as stack:

@@ -14,6 +14,9 @@ from ipa.engines.spec import ComponentSpec, KVLayout
 FORMAT = "ipa-bundle"
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
+# How the negative half of an adapter's input is made: the feature itself is zeros, or it is the image encoder's of a
+# picture whose normalised pixels are zeros.
+ZERO_FEATURE, ZERO_PIXELS = "zeros", "zero-pixels"
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,10 @@ class AdapterRecord:
     """One IP-Adapter's graph and how its input is made."""
 
     component: ComponentRecord
-    kind: str  # "base"
+    kind: str  # "base", "plus" or "full-face"
     tokens: int  # tokens per reference image
     feature: str  # the image encoder's output that the graph takes
-    negative: str  # "zeros": the negative half is the graph's output for a feature of zeros
+    negative: str  # `ZERO_FEATURE` or `ZERO_PIXELS`
     source_sha256: str  # of the adapter file the graph was made from
 
 

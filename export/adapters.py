@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from ipa.engines.bundle import hash_file
 from ipa.engines.errors import IpaError
 from ipa.engines.spec import Dimensions, KVLayout, adapter_spec
-from ipa.export.hoist import packed_linear
+from ipa.export.adapter_kinds import Kind, MakeProjection, kind_of
+from ipa.export.adapter_modules import Adapter
+from ipa.export.adapter_tensors import TensorGroup
 from ipa.export.onnx_export import Graph
 from ipa.export.precision import to_half
 from ipa.trainer.errors import TrainError
 from ipa.trainer.weights import load_adapter
 
-BASE = "base"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-# Keys that tell the kinds apart; the order matters, as later kinds have the keys of earlier ones, too.
-_KIND_KEYS = (
-    ("proj.weight", BASE),
-    ("proj.3.weight", "full-face"),
-    ("perceiver_resampler.proj_in.weight", "FaceID-Plus"),
-    ("norm.weight", "FaceID"),
-    ("latents", "plus"),
-)
 
 
 @dataclass(frozen=True)
@@ -53,39 +48,31 @@ class AdapterFile:
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """A base-kind adapter: image embedding -> `tokens` tokens -> keys and values of every layer."""
+    """An adapter that fits a base model: image feature -> `tokens` tokens -> keys and values of every layer."""
 
-    kind: str
-    tokens: int
-    feature: str
-    projection: dict[str, Tensor]  # proj.weight, proj.bias, norm.weight, norm.bias
+    kind: Kind
+    tokens: int  # per image
+    make_projection: MakeProjection
+    projection: dict[str, Tensor]  # with the names of the file
     keys_values: tuple[Tensor, ...]  # K_0, V_0, K_1, V_1, ... each (width, text_width)
     source_sha256: str
+
+    @property
+    def feature(self) -> str:
+        """The image encoder's output that it reads."""
+        return self.kind.feature
 
     def scaled(self, scale: float) -> AdapterWeights:
         """The same adapter with a fixed `ip_adapter_scale`: attention is linear in the values."""
         keys_values = tuple(weight * scale if index % 2 else weight for index, weight in enumerate(self.keys_values))
         return replace(self, keys_values=keys_values)
 
-
-class BaseAdapter(nn.Module):
-    """Image projection and packed `to_k_ip`/`to_v_ip`. Source: arXiv:2308.06721, section 3.2."""
-
-    def __init__(self, weights: AdapterWeights) -> None:
-        super().__init__()
-        out_features, in_features = weights.projection["proj.weight"].shape
-        self.tokens, self.width = weights.tokens, out_features // weights.tokens
-        self.proj = nn.Linear(in_features, out_features)
-        self.norm = nn.LayerNorm(self.width)
-        self.load_state_dict(weights.projection)
-        self.kv = packed_linear(weights.keys_values)
-        self.requires_grad_(False)
-
-    def forward(self, image_embeds: Tensor) -> Tensor:
-        """`image_kv`, unscaled."""
-        tokens: Tensor = self.proj(image_embeds).reshape(-1, self.tokens, self.width)
-        image_kv: Tensor = self.kv(self.norm(tokens))
-        return image_kv
+    def module(self) -> Adapter:
+        """A module over these very tensors, with gradients off."""
+        with torch.device("meta"):
+            projection = self.make_projection()
+        projection.load_state_dict(self.projection, assign=True)
+        return Adapter(projection, self.keys_values)
 
 
 def read_adapter(path: Path, layout: KVLayout, dimensions: Dimensions) -> AdapterWeights:
@@ -97,83 +84,66 @@ def read_adapter(path: Path, layout: KVLayout, dimensions: Dimensions) -> Adapte
     Returns:
         The weights in float32.
     Raises:
-        IpaError: the file is missing, damaged, unsafe, of a kind not supported yet, or for another model.
+        IpaError: the file is missing, damaged, unsafe, of a kind that is not supported, or for another model.
     """
     try:
         state = {name: tensor.float() for name, tensor in load_adapter(path).items()}
     except TrainError as error:
         raise IpaError(f"adapter {error}") from error
-    projection = _group(state, "image_proj.")
-    kind = next((kind for key, kind in _KIND_KEYS if key in projection), "unknown")
-    if kind != BASE:
-        raise IpaError(f"adapter {path} is of the kind {kind}, which is not supported yet; expected a base IP-Adapter")
-    _expect_keys(path, "image_proj", set(projection), {"proj.weight", "proj.bias", "norm.weight", "norm.bias"})
-    layers = _group(state, "ip_adapter.")
-    widths = {tensor.shape[-1] for tensor in layers.values()}
-    if widths != {dimensions.text_width}:
-        found = "/".join(map(str, sorted(widths)))
-        raise IpaError(
-            f"adapter {path} is for a base model of text width {found}, this one has {dimensions.text_width} "
-            "(768: Stable Diffusion 1.x, 1024: 2.x, 2048: XL); use an adapter made for this base model"
-        )
-    names = [f"{2 * index + 1}.to_{which}_ip.weight" for index in range(len(layout.layers)) for which in "kv"]
-    if len(layers) != len(names):
-        raise IpaError(
-            f"adapter {path} has {len(layers) // 2} cross-attention layers, this base model has {len(names) // 2}; "
-            "use an adapter made for this base model"
-        )
-    _expect_keys(path, "ip_adapter", set(layers), set(names))
-    _expect_shapes(path, layers, {name: (layout.widths[i // 2], dimensions.text_width) for i, name in enumerate(names)})
-    out_features, embed_width = projection["proj.weight"].shape
-    if embed_width != dimensions.image_embed_width:
-        raise IpaError(
-            f"adapter {path} was trained with an image encoder of embedding width {embed_width}, this one has "
-            f"{dimensions.image_embed_width}; pass the adapter's own with --image-encoder "
-            "(1024: ViT-H/14, 1280: ViT-bigG/14)"
-        )
-    width = dimensions.text_width
-    tokens = max(1, out_features // width)
-    _expect_shapes(
-        path,
-        projection,
-        {
-            "proj.weight": (tokens * width, embed_width),
-            "proj.bias": (tokens * width,),
-            "norm.weight": (width,),
-            "norm.bias": (width,),
-        },
-    )
+    return fitted(path, state, hash_file(path), layout, dimensions)
+
+
+def fitted(
+    path: Path, state: Mapping[str, Tensor], sha256: str, layout: KVLayout, dimensions: Dimensions
+) -> AdapterWeights:
+    """Check an adapter's tensors against a base model; only their names and shapes are looked at.
+
+    Args:
+        path: for messages.
+        state: flat names to tensors, on the meta device if need be.
+        sha256: of the file.
+        layout, dimensions: of the base model.
+    Raises:
+        IpaError: names what does not fit, both sides of it.
+    """
+    image_proj, ip_adapter = (TensorGroup.of(path, name, state) for name in ("image_proj", "ip_adapter"))
+    kind = kind_of(image_proj, ip_adapter)
+    names = _check_layers(ip_adapter, layout, dimensions)
+    make_projection = kind.projection(image_proj, dimensions)
+    with torch.device("meta"):
+        tokens = make_projection().tokens
     return AdapterWeights(
-        kind=BASE,
+        kind=kind,
         tokens=tokens,
-        feature="image_embeds",
-        projection=projection,
-        keys_values=tuple(layers[name] for name in names),
-        source_sha256=hash_file(path),
+        make_projection=make_projection,
+        projection=dict(image_proj.tensors),
+        keys_values=tuple(ip_adapter.tensors[name] for name in names),
+        source_sha256=sha256,
     )
 
 
 def adapter_graph(name: str, weights: AdapterWeights, dimensions: Dimensions, dtype: str) -> Graph:
     """The adapter's graph, ready for export."""
     spec = adapter_spec(weights.feature).resolved({**dimensions.sizes(), "tokens": weights.tokens}, dtype)
-    module = BaseAdapter(weights)
+    module = weights.module()
     return Graph(f"ip_adapter/{name}", to_half(module) if dtype == "float16" else module, spec)
 
 
-def _group(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def _expect_keys(path: Path, group: str, found: set[str], expected: set[str]) -> None:
-    for what, names in (("misses", expected - found), ("has the unknown", found - expected)):
-        if names:
-            raise IpaError(f"adapter {path} {what} {group}.{min(names)}; the file is incomplete or of another kind")
-
-
-def _expect_shapes(path: Path, state: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    for name, shape in expected.items():
-        if tuple(state[name].shape) != shape:
-            raise IpaError(
-                f"adapter {path}: {name} is {tuple(state[name].shape)}, this base model wants {shape}; "
-                "use an adapter made for this base model"
-            )
+def _check_layers(ip_adapter: TensorGroup, layout: KVLayout, dimensions: Dimensions) -> list[str]:
+    """Names of K_0, V_0, K_1, V_1, ..., each of the shape that the base model wants."""
+    widths = {ip_adapter.shape(name, 2)[1] for name in ip_adapter.tensors}
+    if widths != {dimensions.text_width}:
+        found = "/".join(map(str, sorted(widths)))
+        raise IpaError(
+            f"adapter {ip_adapter.path} is for a base model of text width {found}, this one has "
+            f"{dimensions.text_width} (768: Stable Diffusion 1.x, 1024: 2.x, 2048: XL); use an adapter made for this "
+            "base model"
+        )
+    names = [f"{2 * index + 1}.to_{which}_ip.weight" for index in range(len(layout.layers)) for which in "kv"]
+    if len(ip_adapter.tensors) != len(names):
+        raise IpaError(
+            f"adapter {ip_adapter.path} has {len(ip_adapter.tensors) // 2} cross-attention layers, this base model has "
+            f"{len(names) // 2}; use an adapter made for this base model"
+        )
+    ip_adapter.expect({name: (layout.widths[i // 2], dimensions.text_width) for i, name in enumerate(names)})
+    return names

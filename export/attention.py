@@ -25,9 +25,21 @@ def attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor
     dtype = query.dtype
     if attn.upcast_attention:
         query, key, value = query.float(), key.float(), value.float()
+    return multi_head_attention(query, key, value, attn.heads, attn.scale).to(dtype)
+
+
+def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float) -> Tensor:
+    """softmax(query key^T * scale) value by head, as one node of the graph.
+
+    Args:
+        query: (batch, positions, channels).
+        key, value: (batch, tokens, channels).
+    Returns:
+        (batch, positions, channels).
+    """
     # torch.autograd.Function.apply is not typed.
-    result = _MultiHeadAttention.apply(query, key, value, attn.heads, attn.scale)  # type: ignore[no-untyped-call]
-    return cast(Tensor, result.to(dtype))
+    result = _MultiHeadAttention.apply(query, key, value, heads, scale)  # type: ignore[no-untyped-call]
+    return cast(Tensor, result)
 
 
 class SpatialAttention:
@@ -54,7 +66,7 @@ class SpatialAttention:
 
 
 class _MultiHeadAttention(torch.autograd.Function):
-    """What `attend` computes, in eager mode and as a node."""
+    """What `multi_head_attention` computes, in eager mode and as a node."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float) -> Tensor:

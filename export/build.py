@@ -198,7 +198,8 @@ def _file_record(root: Path, path: Path) -> FileRecord:
 
 
 def _adapter_record(weights: AdapterWeights, component: ComponentRecord) -> AdapterRecord:
-    return AdapterRecord(component, weights.kind, weights.tokens, weights.feature, "zeros", weights.source_sha256)
+    kind = weights.kind
+    return AdapterRecord(component, kind.name, weights.tokens, kind.feature, kind.negative, weights.source_sha256)
 
 
 def _write_tokenizer(root: Path, base: BasePipeline) -> FileRecord:

@@ -37,9 +37,10 @@ def _lines(bundle: Bundle) -> Iterator[str]:
         is_default = name == manifest.defaults.adapter
         yield from _component(f"ip_adapter/{name}", adapter.component)
         yield (
-            f"    {adapter.kind}, {adapter.tokens} tokens per image, reads {adapter.feature}, "
-            f"made of {adapter.source_sha256[:16]}{', default' if is_default else ''}"
+            f"    {adapter.kind}, {adapter.tokens} tokens per image, reads {adapter.feature} "
+            f"(negative half: {adapter.negative})"
         )
+        yield f"    made of {adapter.source_sha256[:16]}{', default' if is_default else ''}"
     if not manifest.adapters:
         yield "no adapters; add one with `ipa-export adapter`"
     yield ""

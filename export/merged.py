@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ipa.engines.bundle import hash_file
 from ipa.engines.errors import BundleError
 from ipa.engines.spec import ADAPTER_FEATURES, SPECS, ComponentSpec, Dimensions
-from ipa.export.adapters import AdapterWeights, BaseAdapter
+from ipa.export.adapters import AdapterWeights
 from ipa.export.onnx_export import Graph, export_graph
 from ipa.export.precision import to_half
 from ipa.export.publish import sync_tree
@@ -29,17 +29,15 @@ class MergedOptions:
 
 
 class MergedStep(nn.Module):
-    """`noise_pred = f(sample, timestep, encoder_hidden_states, image_embeds)`."""
+    """`noise_pred = f(sample, timestep, encoder_hidden_states, feature)`; the adapter's kind says which feature."""
 
     def __init__(self, unet: nn.Module, text_kv: nn.Module, adapter: nn.Module) -> None:
         super().__init__()
         self.unet, self.text_kv, self.adapter = unet, text_kv, adapter
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, image_embeds: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, feature: Tensor) -> Tensor:
         """Predict the noise with keys and values computed in the graph."""
-        return cast(
-            Tensor, self.unet(sample, timestep, self.text_kv(encoder_hidden_states), self.adapter(image_embeds))
-        )
+        return cast(Tensor, self.unet(sample, timestep, self.text_kv(encoder_hidden_states), self.adapter(feature)))
 
 
 def export_merged(
@@ -59,7 +57,7 @@ def export_merged(
     Raises:
         IpaError: the exporter failed or the files could not be written.
     """
-    adapter = BaseAdapter(weights.scaled(options.scale))
+    adapter = weights.scaled(options.scale).module()
     spec = merged_spec(weights, dimensions, dtype)
     module = MergedStep(unet, text_kv, to_half(adapter) if dtype == "float16" else adapter)
     try:
@@ -98,7 +96,12 @@ def _meta(
         **asdict(spec),
         "dtype": dtype,
         "opset": opset,
-        "adapter": {"kind": weights.kind, "tokens": weights.tokens, "sha256": weights.source_sha256},
+        "adapter": {
+            "kind": weights.kind.name,
+            "tokens": weights.tokens,
+            "negative": weights.kind.negative,
+            "sha256": weights.source_sha256,
+        },
         "ip_adapter_scale": options.scale,
         "files": [{"path": path.name, "size": path.stat().st_size, "sha256": hash_file(path)} for path in files],
         "created_by": created_by(),

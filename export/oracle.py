@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import ImageProjection
 
 from ipa.engines.engine import Array
 from ipa.export.adapters import AdapterWeights
 from ipa.export.hoist import cross_attentions
+from ipa.export.oracle_projections import diffusers_projection
 
 
 class DiffusersStep:
@@ -26,23 +26,18 @@ class DiffusersStep:
             weights: adapter to install; `None`: the base model alone.
         """
         self._unet = unet
-        self._projection: ImageProjection | None = None
+        self._projection: Any = None
+        self._feature = ""
         if weights is not None:
             self._install(weights)
 
     def _install(self, weights: AdapterWeights) -> None:
-        proj = weights.projection["proj.weight"]
-        width = weights.projection["norm.weight"].shape[0]
-        self._projection = ImageProjection(
-            image_embed_dim=proj.shape[1], cross_attention_dim=width, num_image_text_embeds=weights.tokens
-        )
-        renamed = {name.replace("proj.", "image_embeds."): value for name, value in weights.projection.items()}
-        self._projection.load_state_dict(renamed)
+        self._feature, self._projection = weights.feature, diffusers_projection(weights)
         self._projection.requires_grad_(False)
         for index, attention in enumerate(cross_attentions(self._unet).values()):
             key, value = weights.keys_values[2 * index : 2 * index + 2]
             processor = IPAdapterAttnProcessor2_0(
-                hidden_size=key.shape[0], cross_attention_dim=width, num_tokens=(weights.tokens,), scale=1.0
+                hidden_size=key.shape[0], cross_attention_dim=key.shape[1], num_tokens=(weights.tokens,), scale=1.0
             )
             processor.load_state_dict({"to_k_ip.0.weight": key, "to_v_ip.0.weight": value})
             processor.requires_grad_(False)
@@ -52,17 +47,17 @@ class DiffusersStep:
         """Predicted noise, float32.
 
         Args:
-            inputs: `sample`, `timestep`, `encoder_hidden_states` and `image_embeds` (not read by the base model alone).
+            inputs: `sample`, `timestep`, `encoder_hidden_states` and the image feature that the adapter reads.
             scale: `ip_adapter_scale`.
         """
-        sample, timestep, text, image_embeds = (
+        sample, timestep, text = (
             torch.from_numpy(inputs[name].astype(np.float32))
-            for name in ("sample", "timestep", "encoder_hidden_states", "image_embeds")
+            for name in ("sample", "timestep", "encoder_hidden_states")
         )
         condition: Any = text
         if self._projection is not None:
-            tokens = self._projection(image_embeds)[:, None]  # (batch, images, tokens, width)
-            condition = (text, [tokens])
+            tokens = self._projection(torch.from_numpy(inputs[self._feature].astype(np.float32)))
+            condition = (text, [tokens[:, None]])  # (batch, images, tokens, width)
             for attention in cross_attentions(self._unet).values():
                 attention.processor.scale = [scale]
         with torch.no_grad():

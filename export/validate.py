@@ -19,7 +19,7 @@ from ipa.engines.packed_kv import image_inputs, scale_values
 from ipa.engines.registry import backend_named, open_engine
 from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, axis_size
 from ipa.engines.tensorrt_library import MODULES
-from ipa.export.adapters import AdapterFile, AdapterWeights, BaseAdapter, read_adapter
+from ipa.export.adapters import AdapterFile, AdapterWeights, read_adapter
 from ipa.export.cases import SIZES, Size, cases, free_axes, step_inputs
 from ipa.export.changes import BaseChanges, check_source, repeated
 from ipa.export.checks import TOLERANCES, Check, agreement, change, failure, median, picture, worst
@@ -97,7 +97,7 @@ class Validator:
         for name, weights in self._adapters.items():
             progress(f"ip_adapter/{name}")
             with self.bundle.open_component(f"ip_adapter/{name}", self.engine) as engine:
-                yield self._component(f"ip_adapter/{name}", engine, BaseAdapter(weights))
+                yield self._component(f"ip_adapter/{name}", engine, weights.module())
         progress("step")
         yield from self._steps()
         progress("run")
@@ -170,7 +170,7 @@ class Validator:
         yield worst(zero_scale)
         _, inputs = next(step_inputs(self.bundle.manifest, self._sizes))
         output = chain(inputs, adapter, 1.0)
-        other = {**inputs, "image_embeds": -inputs["image_embeds"]}
+        other = {**inputs, weights.feature: -inputs[weights.feature]}
         yield change(f"step, {name}, moves with image", output, chain(other, adapter, 1.0), largest.relative_error)
         yield change(f"step, {name}, moves with scale", output, chain(inputs, adapter, 0.0), largest.relative_error)
 
@@ -213,7 +213,8 @@ class Chain:
         text_kv = self.text_kv(encoder_hidden_states=inputs["encoder_hidden_states"])["text_kv"]
         prompts = []
         if adapter is not None:
-            image_kv = adapter(image_embeds=inputs["image_embeds"])["image_kv"]
+            feature = adapter.spec.inputs[0].name
+            image_kv = adapter(**{feature: inputs[feature]})["image_kv"]
             prompts.append(scale_values(image_kv, self._layout, scale))
         batch, _, height, width = sample.shape
         images = image_inputs(self.unet.spec, self._layout, (batch, height, width), prompts)

@@ -53,11 +53,20 @@ class WholeRuns:
         self._noise, self._other_noise = random.standard_normal(shape, np.float32)
         with torch.no_grad():
             ids = random.integers(0, base.text_config["vocab_size"], (2, manifest.text_tokens))
-            self._text = base.load_text_encoder()(torch.from_numpy(ids)).last_hidden_state.numpy()
+            text = base.load_text_encoder()(torch.from_numpy(ids)).last_hidden_state.numpy()
             size = manifest.components["image_encoder"].spec.inputs[0].axes[-1]
             pixels = torch.from_numpy(random.standard_normal((1, 3, int(size), int(size)), np.float32))
-            embeds = base.load_image_encoder()(pixels).image_embeds.numpy()
-        self._image = np.concatenate([np.zeros_like(embeds), embeds])
+            encoded = base.load_image_encoder()(
+                torch.cat([torch.zeros_like(pixels), pixels]), output_hidden_states=True
+            )
+        embeds, hidden_states = encoded.image_embeds.numpy(), encoded.hidden_states[-2].numpy()
+        # The negative half as adapters are given it: base ones get zeros, the others what zero pixels are encoded to.
+        image_embeds = np.concatenate([np.zeros_like(embeds[:1]), embeds[1:]])
+        self._conditions = {
+            "encoder_hidden_states": text,
+            "image_embeds": image_embeds,
+            "hidden_states": hidden_states,
+        }
 
     def references(self, weights: AdapterWeights | None) -> list[tuple[Array, Array]]:
         """What diffusers' models make in float32: of each run the picture, and the one of noise slightly changed.
@@ -81,7 +90,7 @@ class WholeRuns:
         """The pictures that engines make, one a run; as `references`.
 
         Args:
-            step: predicted noise for `sample`, `timestep`, `encoder_hidden_states` and `image_embeds`.
+            step: predicted noise for `sample`, `timestep`, `encoder_hidden_states` and the image features.
             decoder: opened component `vae_decoder`.
         """
         pictures = []
@@ -95,7 +104,7 @@ class WholeRuns:
         scheduler = DDIMScheduler.from_config(self._base.scheduler_config)
         scheduler.set_timesteps(STEPS)
         latents = torch.from_numpy(noise)
-        conditions = {"encoder_hidden_states": self._text.astype(dtype), "image_embeds": self._image.astype(dtype)}
+        conditions = {name: array.astype(dtype) for name, array in self._conditions.items()}
         for timestep in scheduler.timesteps:
             sample = np.concatenate([latents.numpy()] * 2).astype(dtype)
             inputs = {"sample": sample, "timestep": np.asarray(timestep, np.float32), **conditions}

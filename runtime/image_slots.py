@@ -12,12 +12,12 @@ from PIL import Image
 
 from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Array, Engine
-from ipa.engines.errors import BundleError, RequestError
+from ipa.engines.errors import RequestError
 from ipa.engines.manifest import AdapterRecord
 from ipa.engines.packed_kv import image_inputs, scale_values
 from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, positions
 from ipa.runtime.block_scales import layer_scales
-from ipa.runtime.conditioning import guidance_batch
+from ipa.runtime.conditioning import guidance_batch, image_features
 from ipa.runtime.image_prompt import ImagePrompt, ImageSource
 from ipa.runtime.images import open_image, preprocess
 from ipa.runtime.kept import Kept
@@ -113,21 +113,9 @@ def image_slots(
 
 def _image_kv(image: Image.Image, name: str, record: AdapterRecord, bundle: Bundle, engine: OpenEngine) -> Array:
     """Unscaled keys and values of the negative and the positive half, (2, tokens, kv)."""
-    features = _both_halves(image, record, bundle, engine)
+    pixel_values = preprocess([image], bundle.manifest.image_processor)
+    features = image_features(engine("image_encoder"), pixel_values, name, record)
     return engine(f"ip_adapter/{name}")(**{record.feature: features})["image_kv"]
-
-
-def _both_halves(image: Image.Image, record: AdapterRecord, bundle: Bundle, engine: OpenEngine) -> Array:
-    """The image feature of the negative and the positive half, (2, ...)."""
-    if record.negative != "zeros":
-        raise BundleError(
-            f"an adapter makes its negative tokens by {record.negative!r}, this ipa-runtime knows 'zeros'; upgrade "
-            "with `pip install -U ipa-runtime`"
-        )
-    encoder = engine("image_encoder")
-    pixel_values = preprocess([image], bundle.manifest.image_processor).astype(encoder.spec.inputs[0].dtype)
-    features = encoder(pixel_values=pixel_values)[record.feature]
-    return np.concatenate([np.zeros_like(features), features])
 
 
 def _scale(prompt: ImagePrompt) -> float | str | Mapping[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,3 +78,43 @@ def tiny_half_bundle(session_folder: Path, tiny_base: Path, tiny_adapter_file: P
         export_bundle(ExportRequest(base=str(tiny_base), output=output, adapters=adapters, dtype="float16"))
 
     return made_once(session_folder, "tiny_half_bundle", make)
+
+
+@pytest.fixture(scope="session")
+def tiny_kind_files(session_folder: Path, tiny_base: Path, tiny_adapter_file: Path) -> dict[str, Path]:
+    """One random adapter of every kind for `tiny_base`, in both containers."""
+    from tiny import tiny_adapter
+
+    config = json.loads((tiny_base / "unet" / "config.json").read_text())
+    plus = made_once(
+        session_folder, "tiny_plus.bin", lambda file: tiny_adapter(config, file, tokens=16, seed=1, kind="plus")
+    )
+    full_face = made_once(
+        session_folder, "tiny_full_face.safetensors", lambda file: tiny_adapter(config, file, seed=2, kind="full-face")
+    )
+    return {"base": tiny_adapter_file, "plus": plus, "full-face": full_face}
+
+
+@pytest.fixture(scope="session")
+def tiny_kinds_bundle(session_folder: Path, tiny_bundle: Path, tiny_kind_files: dict[str, Path]) -> Path:
+    """`tiny_bundle` with an adapter of every kind, named `tiny`, `plus` and `full-face`, added later. Read only."""
+    return made_once(
+        session_folder, "tiny_kinds_bundle", lambda folder: _with_kinds(tiny_bundle, folder, tiny_kind_files)
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_kinds_half_bundle(session_folder: Path, tiny_half_bundle: Path, tiny_kind_files: dict[str, Path]) -> Path:
+    """As `tiny_kinds_bundle`, in FP16."""
+    return made_once(
+        session_folder, "tiny_kinds_half_bundle", lambda folder: _with_kinds(tiny_half_bundle, folder, tiny_kind_files)
+    )
+
+
+def _with_kinds(bundle: Path, folder: Path, files: dict[str, Path]) -> None:
+    from ipa.export.adapters import AdapterFile
+    from ipa.export.build import add_adapter
+
+    shutil.copytree(bundle, folder)
+    for kind in ("plus", "full-face"):
+        add_adapter(folder, AdapterFile(kind, files[kind]), force=False, is_default=False)

@@ -53,6 +53,17 @@ def test_the_vae_takes_picture_by_picture(profile: ShapeProfile) -> None:
 def test_adapters_see_the_negative_half(profile: ShapeProfile) -> None:
     spec = adapter_spec("image_embeds").resolved(SIZES, "float16")
     assert profile.shapes("ip_adapter/x", spec, 8) == {"image_embeds": ((1, 1024), (2, 1024), (8, 1024))}
+    spec = adapter_spec("hidden_states").resolved(SIZES, "float16")
+    assert profile.shapes("ip_adapter/x", spec, 8) == {
+        "hidden_states": ((1, 257, 1280), (2, 257, 1280), (8, 257, 1280))
+    }
+
+
+def test_the_encoder_takes_an_image_and_the_zero_picture() -> None:
+    """Adapters that read hidden states have the encoder's of zero pixels as their negative half."""
+    spec = SPECS["image_encoder"].resolved(SIZES, "float16")
+    smallest, _, largest = ShapeProfile.parse(["512x512"], "1", "4").shapes("image_encoder", spec, 8)["pixel_values"]
+    assert (smallest[0], largest[0]) == (1, 2)
 
 
 def test_as_text() -> None:

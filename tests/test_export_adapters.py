@@ -129,6 +129,10 @@ def ragged(state: dict[str, torch.Tensor]) -> None:
     state["image_proj.proj.bias"] = torch.zeros(7)
 
 
+def flat_projection(state: dict[str, torch.Tensor]) -> None:
+    state["image_proj.proj.weight"] = torch.zeros(1920)
+
+
 def written(name: str, content: bytes) -> Callable[[Path, Path], Path]:
     def make(good: Path, folder: Path) -> Path:
         (folder / name).write_bytes(content)
@@ -150,12 +154,12 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "random safetensors": (written("random.safetensors", bytes(range(256)) * 40), "not a readable"),
     "another suffix": (written("adapter.ckpt", b"x"), ".safetensors or .bin"),
     "malicious pickle": (pickled, "refused"),
-    "plus": (edited(renamed(proj__weight="latents", norm__weight="norm_out.weight")), "kind plus"),
-    "full-face": (edited(renamed(proj__weight="proj.3.weight")), "kind full-face"),
-    "faceid": (edited(renamed(proj__weight="proj.0.weight")), "kind FaceID"),
+    "full-face, incomplete": (edited(renamed(proj__weight="proj.3.weight")), "misses image_proj.proj.0.weight"),
+    "unknown kind": (edited(renamed(proj__weight="x", norm__weight="y")), "unknown kind: its image_proj starts with"),
     "sdxl": (edited(wide), "text width 2048, this one has 48"),
     "image encoder": (edited(other_encoder), "embedding width 1280, this one has 40"),
     "layers": (edited(fewer_layers), "15 cross-attention layers, this base model has 16"),
+    "rank": (edited(flat_projection), "image_proj.proj.weight is (1920,), expected 2 axes"),
     "missing key": (edited(drop("image_proj.norm.bias")), "misses image_proj.norm.bias"),
     "shape": (edited(ragged), "proj.bias is (7,)"),
 }

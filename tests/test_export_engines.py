@@ -99,6 +99,29 @@ def test_an_added_adapter_builds_its_own_engine_alone(
     assert set(found.values()) == {"kept: nothing has changed"}
 
 
+@pytest.mark.parametrize(
+    ("precision", "folder"), [("float32", "tiny_kinds_bundle"), ("float16", "tiny_kinds_half_bundle")]
+)
+def test_adapters_of_every_kind_build(
+    precision: str, folder: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    bundle = Bundle.open(request.getfixturevalue(folder), verify=False)
+    profile = ShapeProfile.parse(["128x128"], "1:1:2", "16:16:257")
+    builds = EngineBuilds(bundle, PlanCache(tmp_path / "cache"), "tensorrt-rtx", profile, ("8.6",))
+    _, jobs = builds.survey()
+    adapters = [job for job in jobs if job.component.startswith("ip_adapter/")]
+    tensors = {outcome.component: outcome.header.tensors for outcome in builds.run(adapters)}
+    kv = bundle.manifest.kv_layout.size
+    hidden_states = f"{precision} 1x37x32:2x37x32:4x37x32"
+    assert tensors == {
+        "ip_adapter/tiny": {"image_embeds": f"{precision} 1x40:2x40:4x40", "image_kv": f"{precision} ?x4x{kv}"},
+        "ip_adapter/plus": {"hidden_states": hidden_states, "image_kv": f"{precision} ?x16x{kv}"},
+        "ip_adapter/full-face": {"hidden_states": hidden_states, "image_kv": f"{precision} ?x37x{kv}"},
+    }
+    unet = builds.key("unet", bundle.manifest.components["unet"])
+    assert f"image_kv 1x1x{kv}:2x16x{kv}:4x257x{kv}" in unet.profile
+
+
 def test_changed_profile_and_target_are_the_reason(built: tuple[Path, Path], tmp_path: Path) -> None:
     bundle, cache = again(built, tmp_path)
     found = reasons(build(bundle, cache, options=(*OPTIONS[:-1], "4:4:32")).stdout)

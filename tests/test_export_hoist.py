@@ -15,7 +15,7 @@ from tiny import EMBED_WIDTH, TEXT_WIDTH, cross_attention_widths, tiny_adapter, 
 
 from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Engine
-from ipa.export.adapters import BaseAdapter, read_adapter
+from ipa.export.adapters import read_adapter
 from ipa.export.dimensions import manifest_dimensions
 from ipa.export.hoist import HoistedUNet, config_kv_layout, kv_layout, text_kv_linear
 
@@ -121,4 +121,4 @@ def test_adapter_of_16_tokens(tmp_path: Path, tiny_bundle: Path, tiny_base: Path
     bundle = Bundle.open(tiny_bundle, verify=False)
     weights = read_adapter(file, bundle.manifest.kv_layout, manifest_dimensions(bundle.manifest))
     assert weights.tokens == 16
-    assert BaseAdapter(weights)(torch.randn(2, EMBED_WIDTH)).shape == (2, 16, bundle.manifest.kv_layout.size)
+    assert weights.module()(torch.randn(2, EMBED_WIDTH)).shape == (2, 16, bundle.manifest.kv_layout.size)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adapter_files import full_face_shapes, resampler_shapes
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
 
 TEXT_WIDTH = 48
 EMBED_WIDTH = 40
+HIDDEN_WIDTH = 32
 IMAGE_SIZE = 48
 WIDTHS = (24, 48, 72, 96)
 HEADS = (2, 4, 3, 4)  # of size 12, 12, 24, 24
@@ -116,7 +118,7 @@ def tiny_pipeline(
 def tiny_image_encoder() -> CLIPVisionModelWithProjection:
     """A CLIP vision model of 3 layers: (48 / 8)^2 patches + CLS = 37 positions of width 32."""
     config = CLIPVisionConfig(
-        hidden_size=32,
+        hidden_size=HIDDEN_WIDTH,
         intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -151,16 +153,20 @@ def tiny_adapter(
     seed: int = 0,
     embed_width: int = EMBED_WIDTH,
     dtype: torch.dtype = torch.float32,
+    kind: str = "base",
+    **resampler: int,
 ) -> Path:
-    """Write a base-kind IP-Adapter in the official layout, `.safetensors` (flat) or `.bin` (nested).
+    """Write an IP-Adapter in the official layout, `.safetensors` (flat) or `.bin` (nested).
 
     Args:
         unet_config: the configuration of the UNet it is for.
         file: its suffix picks the container.
-        tokens: image tokens; diffusers itself loads only 4.
+        tokens: image tokens of the kinds base, of which diffusers itself loads only 4, and plus.
         seed: of the weights.
         embed_width: of the image encoder's `image_embeds`.
         dtype: of all tensors.
+        kind: `base`, `plus` or `full-face`.
+        **resampler: of the kind plus, sizes other than `adapter_files.resampler_shapes`' own.
     Returns:
         `file`.
     """
@@ -170,12 +176,26 @@ def tiny_adapter(
         return (torch.randn(shape, generator=generator) * scale).to(dtype)
 
     width = unet_config["cross_attention_dim"]
-    image_proj = {
-        "proj.weight": draw(tokens * width, embed_width, scale=embed_width**-0.5),
-        "proj.bias": draw(tokens * width),
-        "norm.weight": 1 + draw(width, scale=0.2),
-        "norm.bias": draw(width, scale=0.2),
-    }
+    if kind == "base":
+        image_proj = {
+            "proj.weight": draw(tokens * width, embed_width, scale=embed_width**-0.5),
+            "proj.bias": draw(tokens * width),
+            "norm.weight": 1 + draw(width, scale=0.2),
+            "norm.bias": draw(width, scale=0.2),
+        }
+    else:
+        shapes = (
+            resampler_shapes(HIDDEN_WIDTH, tokens, width, **{"latent_width": 40, "attention_width": 128, **resampler})
+            if kind == "plus"
+            else full_face_shapes(HIDDEN_WIDTH, width)
+        )
+        image_proj = {
+            name: draw(*shape, scale=shape[-1] ** -0.5) if len(shape) > 1 else draw(*shape, scale=0.2)
+            for name, shape in shapes.items()
+        }
+        for name, shape in shapes.items():
+            if len(shape) == 1 and name.endswith("weight"):  # of a norm
+                image_proj[name] += 1
     ip_adapter: dict[str, torch.Tensor] = {}
     for index, layer_width in enumerate(cross_attention_widths(unet_config)):
         for which in ("k", "v"):

@@ -1,0 +1,325 @@
+"""Adapter files of every kind: read by names and shapes, exported, validated, merged; what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from adapter_files import Shapes, face_id_shapes, flat, full_face_shapes, layer_shapes, lora_shapes, resampler_shapes
+from click.testing import CliRunner
+from oracle import diffusers_noise, diffusers_unet
+from safetensors.torch import save_file
+from tiny import HIDDEN_WIDTH, TEXT_WIDTH, tiny_adapter
+
+from ipa.engines.bundle import Bundle, hash_file
+from ipa.engines.errors import IpaError
+from ipa.export.adapters import AdapterFile, AdapterWeights, fitted, read_adapter
+from ipa.export.build import add_adapter
+from ipa.export.checks import TOLERANCES, agreement, change
+from ipa.export.cli import main
+from ipa.export.dimensions import manifest_dimensions
+from ipa.export.oracle_projections import diffusers_projection
+from ipa.trainer.weights import load_adapter
+
+NAMES = {"base": "tiny", "plus": "plus", "full-face": "full-face"}
+
+
+def unet_config(base: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((base / "unet" / "config.json").read_text())
+    return config
+
+
+def read(bundle: Path, file: Path) -> AdapterWeights:
+    manifest = Bundle.open(bundle, verify=False).manifest
+    return read_adapter(file, manifest.kv_layout, manifest_dimensions(manifest))
+
+
+def test_adding_every_kind_leaves_the_rest(tiny_bundle: Path, tiny_kind_files: dict[str, Path], tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    before = {path: hash_file(path) for path in bundle.rglob("*.onnx*")}
+    for kind in ("plus", "full-face"):
+        arguments = ["adapter", "--bundle", str(bundle), "--adapter", f"{kind}={tiny_kind_files[kind]}"]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+    assert {path: hash_file(path) for path in before} == before
+    text = CliRunner().invoke(main, ["inspect", str(bundle)]).stdout
+    assert "full-face, 37 tokens per image, reads hidden_states (negative half: zero-pixels)" in text
+    assert "plus, 16 tokens per image, reads hidden_states (negative half: zero-pixels)" in text
+    assert "base, 4 tokens per image, reads image_embeds (negative half: zeros)" in text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes"),
+    [
+        (16, {}),
+        (1, {"depth": 1, "attention_width": 64}),
+        (7, {"depth": 6, "latent_width": 24, "attention_width": 192, "ratio": 3}),
+    ],
+)
+def test_a_resampler_of_any_size(
+    tiny_bundle: Path, tiny_base: Path, tmp_path: Path, tokens: int, sizes: dict[str, int]
+) -> None:
+    file = tiny_adapter(
+        unet_config(tiny_base), tmp_path / "x.bin", tokens=tokens, kind="plus", dtype=torch.float16, **sizes
+    )
+    weights = read(tiny_bundle, file)
+    assert weights.tokens == tokens
+    hidden_states = torch.randn(3, 37, HIDDEN_WIDTH)
+    with torch.no_grad():
+        projection = weights.module().projection
+        found, expected = projection(hidden_states), diffusers_projection(weights)(hidden_states)
+    # float32 sums in another order; the norm at the end makes numbers of about 1
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_containers_and_dtypes_do_not_matter(
+    tiny_bundle: Path, tiny_kind_files: dict[str, Path], tmp_path: Path
+) -> None:
+    """As published: projection in float32, keys and values in float16, nested or flat."""
+    state = load_adapter(tiny_kind_files["plus"])
+    mixed = {name: tensor.half() if name.startswith("ip_adapter") else tensor for name, tensor in state.items()}
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    nested: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for name, tensor in mixed.items():
+        group, rest = name.split(".", 1)
+        nested[group][rest] = tensor
+    torch.save(nested, tmp_path / "mixed.bin")
+    one, other = read(tiny_bundle, tmp_path / "mixed.safetensors"), read(tiny_bundle, tmp_path / "mixed.bin")
+    assert one.kind.name == other.kind.name == "plus"
+    pairs = [*zip(one.keys_values, other.keys_values, strict=True)]
+    pairs += [(tensor, other.projection[name]) for name, tensor in one.projection.items()]
+    assert {tensor.dtype for pair in pairs for tensor in pair} == {torch.float32}
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_a_module_leaves_the_weights_as_they_are(tiny_bundle: Path, tiny_kind_files: dict[str, Path]) -> None:
+    """Half precision converts a module in place; the same weights are exported twice with --merged."""
+    weights = read(tiny_bundle, tiny_kind_files["plus"])
+    before = {name: tensor.clone() for name, tensor in weights.projection.items()}
+    weights.module().half()
+    assert all(torch.equal(tensor, weights.projection[name]) for name, tensor in before.items())
+
+
+LAYERS = [8, 8]
+FACE_IDS: dict[str, tuple[Shapes, bool]] = {
+    "FaceID": (face_id_shapes(TEXT_WIDTH), True),
+    "FaceID-Plus": (face_id_shapes(TEXT_WIDTH, hidden_width=HIDDEN_WIDTH), True),
+    "FaceID-portrait": (face_id_shapes(TEXT_WIDTH, tokens=16), False),
+}
+
+
+@pytest.mark.parametrize("kind", FACE_IDS)
+def test_face_id_is_refused_by_name(kind: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    shapes, has_lora = FACE_IDS[kind]
+    layers = layer_shapes(LAYERS, TEXT_WIDTH) | (lora_shapes(len(LAYERS)) if has_lora else {})
+    nested = {
+        "image_proj": {name: torch.zeros(shape) for name, shape in shapes.items()},
+        "ip_adapter": {name: torch.zeros(shape) for name, shape in layers.items()},
+    }
+    torch.save(nested, tmp_path / "face.bin")
+    result = CliRunner().invoke(
+        main, ["adapter", "--bundle", str(tiny_bundle), "--adapter", str(tmp_path / "face.bin")]
+    )
+    assert result.exit_code == 2
+    assert f"of the kind {kind}, which is not supported: it reads face embeddings of InsightFace" in result.stderr
+    assert ("its LoRA changes the UNet" in result.stderr) == has_lora
+    assert len(result.stderr.splitlines()) == 1
+
+
+def changed(**shapes: tuple[int, ...] | None) -> Callable[[dict[str, torch.Tensor]], None]:
+    """Other shapes for some tensors of `image_proj`; `None`: the tensors whose names start so go away."""
+
+    def change(state: dict[str, torch.Tensor]) -> None:
+        for name, shape in shapes.items():
+            key = f"image_proj.{name.replace('__', '.')}"
+            if shape is None:
+                for found in [found for found in state if found.startswith(key)]:
+                    del state[found]
+            else:
+                state[key] = torch.zeros(shape)
+
+    return change
+
+
+BAD_PLUS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
+    "a layer in the middle": (changed(layers__1__=None), "misses image_proj.layers."),
+    "the first layer": (changed(layers__0__=None), "misses image_proj.layers.0.0.to_q.weight"),
+    "all layers": (changed(layers=None), "misses image_proj.layers.0.0.to_q.weight"),
+    "half a layer": (changed(layers__3__1__=None), "misses image_proj.layers.3.1.0.bias"),
+    "a tensor": (changed(norm_out__bias=None), "misses image_proj.norm_out.bias"),
+    "one tensor more": (changed(pos_emb__weight=(257, 32)), "has the unknown image_proj.pos_emb.weight"),
+    "a layer of far away": (changed(layers__999999999__0__norm1__weight=(40,)), "misses image_proj.layers.4.0"),
+    "layer of another width": (changed(layers__2__0__to_q__weight=(64, 40)), "layers.2.0.to_q.weight is (64, 40)"),
+    "heads": (changed(layers__0__0__to_q__weight=(100, 40)), "100 wide, expected a multiple of 64"),
+    "rank": (changed(latents=(16, 40)), "image_proj.latents is (16, 40), expected 3 axes"),
+    "no tokens": (changed(latents=(1, 0, 40)), "image_proj.latents is (1, 0, 40)"),
+    "encoder": (changed(proj_in__weight=(40, 1280)), "hidden width 1280, this one has 32 (1280: ViT-H/14, 1664"),
+    "output": (changed(proj_out__weight=(2048, 40)), "proj_out.weight is (2048, 40), this base model wants (48, 40)"),
+}
+BAD_FULL_FACE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
+    "a tensor": (changed(proj__2__bias=None), "misses image_proj.proj.2.bias"),
+    "encoder": (changed(proj__0__weight=(1664, 1664)), "hidden width 1664, this one has 32"),
+    "output": (changed(proj__3__weight=(768,)), "proj.3.weight is (768,), this base model wants (48,)"),
+    "not square": (changed(proj__0__weight=(64, 32)), "proj.0.weight is (64, 32), this base model wants (32, 32)"),
+}
+BAD_FILES = [
+    *(("plus", name, *case) for name, case in BAD_PLUS.items()),
+    *(("full-face", name, *case) for name, case in BAD_FULL_FACE.items()),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), [(case[0], *case[2:]) for case in BAD_FILES])
+def test_refuses(
+    kind: str,
+    change: Callable[[dict[str, torch.Tensor]], None],
+    message: str,
+    tiny_bundle: Path,
+    tiny_kind_files: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    state = load_adapter(tiny_kind_files[kind])
+    change(state)
+    save_file(state, tmp_path / "bad.safetensors")
+    with pytest.raises(IpaError) as refusal:
+        read(tiny_bundle, tmp_path / "bad.safetensors")
+    assert message in str(refusal.value)
+    assert str(tmp_path / "bad.safetensors") in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["plus", "full-face"])
+def test_another_family_is_refused_with_both_sides(tiny_bundle: Path, kind: str) -> None:
+    manifest = Bundle.open(tiny_bundle, verify=False).manifest
+    dimensions = manifest_dimensions(manifest)
+    shapes = {
+        "plus": resampler_shapes(HIDDEN_WIDTH, 16, 2048, latent_width=40, attention_width=64),
+        "full-face": full_face_shapes(HIDDEN_WIDTH, 2048),
+    }[kind]
+    widths = list(manifest.kv_layout.widths)
+
+    def check(layers: Shapes) -> None:
+        state = {name: torch.empty(shape, device="meta") for name, shape in flat(shapes, layers).items()}
+        fitted(Path("xl.safetensors"), state, "", manifest.kv_layout, dimensions)
+
+    with pytest.raises(IpaError, match="text width 2048, this one has 48"):
+        check(layer_shapes(widths, 2048))
+    with pytest.raises(IpaError, match="70 cross-attention layers, this base model has 16"):
+        check(layer_shapes([24] * 70, 48))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_validate_passes_every_kind(
+    tiny_kinds_bundle: Path,
+    tiny_kinds_half_bundle: Path,
+    tiny_base: Path,
+    tiny_kind_files: dict[str, Path],
+    tmp_path: Path,
+    dtype: str,
+) -> None:
+    source = tiny_kinds_bundle if dtype == "fp32" else tiny_kinds_half_bundle
+    bundle = Path(shutil.copytree(source, tmp_path / "bundle"))
+    arguments = ["--bundle", str(bundle), "--base", str(tiny_base)]
+    for kind in ("plus", "full-face"):
+        arguments += ["--adapter", f"{kind}={tiny_kind_files[kind]}"]
+    result = CliRunner().invoke(main, ["validate", *arguments])
+    assert result.exit_code == 0, result.output
+    figures = Bundle.open(bundle).manifest.validation
+    checks = {check["name"]: check for check in figures["checks"]}
+    for kind in ("plus", "full-face"):
+        names = {f"ip_adapter/{kind}", f"step, {kind}", f"step, {kind}, moves with image", f"run, {kind}"}
+        assert names <= set(checks)
+        assert checks[f"ip_adapter/{kind}"]["tolerance"] == TOLERANCES[{"fp32": "float32", "fp16": "float16"}[dtype]]
+
+
+def test_validate_tells_other_weights(tiny_kinds_bundle: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """Not the adapters' own files, but such of the same kind and size."""
+    bundle = Path(shutil.copytree(tiny_kinds_bundle, tmp_path / "bundle"))
+    arguments = ["validate", "--bundle", str(bundle), "--base", str(tiny_base)]
+    for kind in ("plus", "full-face"):
+        other = tiny_adapter(unet_config(tiny_base), tmp_path / f"{kind}.bin", tokens=16, seed=9, kind=kind)
+        arguments += ["--adapter", f"{kind}={other}"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    failed = result.stderr.rpartition("differs from its models in: ")[2].strip().split("; ")
+    assert {"ip_adapter/plus", "ip_adapter/full-face", "step, plus", "step, full-face"} <= set(failed)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("plus", "fp16"), ("full-face", "fp32")])
+def test_merged_graph_takes_hidden_states(
+    tiny_base: Path, tiny_kind_files: dict[str, Path], tmp_path: Path, kind: str, dtype: str
+) -> None:
+    file = tmp_path / "merged" / "step.onnx"
+    arguments = ["--base", str(tiny_base), "--adapter", f"{kind}={tiny_kind_files[kind]}", "--dtype", dtype]
+    arguments += ["--output", str(tmp_path / "bundle"), "--merged", str(file), "--merged-scale", "0.6"]
+    result = CliRunner().invoke(main, ["onnx", *arguments])
+    assert result.exit_code == 0, result.output
+    meta = json.loads(file.with_name("step.onnx.meta.json").read_text())
+    names = ["sample", "timestep", "encoder_hidden_states", "hidden_states"]
+    assert [tensor["name"] for tensor in meta["inputs"]] == names
+    assert (meta["adapter"]["kind"], meta["adapter"]["negative"]) == (kind, "zero-pixels")
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 4, 9, 16), (3, 77, TEXT_WIDTH), (3, 37, HIDDEN_WIDTH))
+    stored = torch.float16 if dtype == "fp16" else torch.float32
+    sample, text, hidden = (torch.randn(shape, generator=generator).to(stored) for shape in shapes)
+    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    inputs = dict(zip(names, (sample.numpy(), np.float32(981), text.numpy(), hidden.numpy()), strict=True))
+    (found,) = session.run(["noise_pred"], {name: np.asarray(value) for name, value in inputs.items()})
+    unet = diffusers_unet(tiny_base, tiny_kind_files[kind])
+    expected = diffusers_noise(unet, sample.float(), 981, text.float(), hidden.float(), 0.6).numpy()
+    tolerance = TOLERANCES["float16" if dtype == "fp16" else "float32"]
+    assert agreement("merged", "", {"": found}, {"": expected}, tolerance).passed
+    without = diffusers_noise(unet, sample.float(), 981, text.float(), hidden.float(), 0.0).numpy()
+    assert change("merged", found, without, 0.025).passed, "the adapter is inside"
+
+
+def test_an_adapter_of_the_kind_base_beside_the_others_is_the_same_file(
+    tiny_bundle: Path, tiny_kinds_bundle: Path
+) -> None:
+    before, after = (Bundle.open(bundle, verify=False).manifest for bundle in (tiny_bundle, tiny_kinds_bundle))
+    assert after.adapters["tiny"] == before.adapters["tiny"]
+    assert after.defaults == before.defaults
+    assert replace(after, adapters=before.adapters) == before
+
+
+@pytest.mark.parametrize("engine_name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["plus", "full-face"])
+def test_engines_of_the_cpu_at_any_batch(
+    kind: str,
+    dtype: str,
+    engine_name: str,
+    tiny_kind_files: dict[str, Path],
+    request: pytest.FixtureRequest,
+) -> None:
+    folder = request.getfixturevalue({"float32": "tiny_kinds_bundle", "float16": "tiny_kinds_half_bundle"}[dtype])
+    reference = read(folder, tiny_kind_files[kind]).module()
+    with Bundle.open(folder, verify=False).open_component(f"ip_adapter/{kind}", engine_name) as engine:
+        tolerance = max(TOLERANCES[dtype], TOLERANCES[engine.precision])
+        for batch in (1, 2, 5):
+            hidden_states = torch.randn(batch, 37, HIDDEN_WIDTH).to(getattr(torch, dtype))
+            found = engine(hidden_states=hidden_states.numpy())
+            with torch.no_grad():
+                expected = {"image_kv": reference(hidden_states.float()).numpy()}
+            check = agreement(kind, "", found, expected, tolerance)
+            assert check.passed, str(check)
+
+
+def test_opset_20(tiny_bundle: Path, tiny_kind_files: dict[str, Path], tmp_path: Path) -> None:
+    """Gelu is an operator of its own there."""
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    for kind in ("plus", "full-face"):
+        add_adapter(bundle, AdapterFile(kind, tiny_kind_files[kind]), force=False, is_default=False, opset=20)
+        hidden_states = torch.randn(2, 37, HIDDEN_WIDTH)
+        with Bundle.open(bundle).open_component(f"ip_adapter/{kind}", "onnxruntime") as engine, torch.no_grad():
+            found = engine(hidden_states=hidden_states.numpy())["image_kv"]
+            expected = read(bundle, tiny_kind_files[kind]).module()(hidden_states).numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
