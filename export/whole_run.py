@@ -48,9 +48,11 @@ class WholeRuns:
             f"median of {RUNS}: {STEPS} steps of DDIM, {height}x{width}, guidance {self._defaults.guidance_scale:g}"
         )
         random = np.random.default_rng(0)
-        channels = manifest.components["unet"].spec.inputs[0].axes[1]
-        shape = (2, RUNS, 1, int(channels), height, width)
-        self._noise, self._other_noise = random.standard_normal(shape, np.float32)
+        unet = manifest.components["unet"].spec
+        taken, channels = int(unet.inputs[0].axes[1]), int(unet.outputs[0].axes[1])
+        self._noise, self._other_noise = random.standard_normal((2, RUNS, 1, channels, height, width), np.float32)
+        # What an inpainting model takes beside the latents, none in others.
+        self._channels = random.standard_normal((2, taken - channels, height, width), np.float32)
         with torch.no_grad():
             ids = random.integers(0, base.text_config["vocab_size"], (2, manifest.text_tokens))
             text = base.load_text_encoder()(torch.from_numpy(ids)).last_hidden_state.numpy()
@@ -106,7 +108,7 @@ class WholeRuns:
         latents = torch.from_numpy(noise)
         conditions = {name: array.astype(dtype) for name, array in self._conditions.items()}
         for timestep in scheduler.timesteps:
-            sample = np.concatenate([latents.numpy()] * 2).astype(dtype)
+            sample = np.concatenate([np.concatenate([latents.numpy()] * 2), self._channels], axis=1).astype(dtype)
             inputs = {"sample": sample, "timestep": np.asarray(timestep, np.float32), **conditions}
             negative, positive = np.split(step(inputs).astype(np.float32), 2)
             noise_pred = negative + np.float32(self._defaults.guidance_scale) * (positive - negative)

@@ -28,6 +28,7 @@ from PIL import Image
 from ipa.engines.errors import RequestError
 from ipa.export.adapters import AdapterFile
 from ipa.export.build import ExportRequest, export_bundle
+from ipa.export.validate import Validator
 from ipa.runtime import Pipeline, Request
 
 SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "euler-ancestral": EulerAncestralDiscreteScheduler}
@@ -213,3 +214,12 @@ def test_a_batch_of_pictures_to_start_from(pipeline: Pipeline) -> None:
 def test_bad_tasks(pipeline: Pipeline, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         pipeline.run(make_request(**fields))
+
+
+def test_an_inpainting_bundle_validates(
+    inpainting_bundle: Path, inpainting_base: Path, tiny_adapter_file: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(inpainting_bundle, tmp_path / "bundle"))
+    adapters = [AdapterFile("tiny", tiny_adapter_file)]
+    checks = list(Validator(bundle, str(inpainting_base), None, adapters).run())
+    assert [check.name for check in checks if not check.passed] == []
