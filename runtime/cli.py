@@ -39,6 +39,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.option("--mask-image", metavar="FILE", help="Where it is made anew: white. Inpainting.")
 @click.option("--strength", type=float, metavar="F", help="How far from it, above 0 up to 1.  [default: 0.8; mask: 1]")
 @click.option("--guidance-scale", type=float, metavar="G", help="Classifier-free guidance; 1 switches it off.")
+@click.option("--guidance-rescale", type=float, metavar="R", help="0 to 1, against glare at large G.  [default: 0]")
 @click.option("--steps", "num_inference_steps", type=int, metavar="N", help="Denoising steps.")
 @click.option("--seed", type=int, metavar="N", help="0 to 2**64 - 1.  [default: drawn, and reported]")
 @click.option("--num-images", type=int, metavar="N", help="How many pictures to make at once.  [default: 1]")

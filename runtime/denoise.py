@@ -32,14 +32,30 @@ class Step:
     latents: NDArray[np.float32]
 
 
-def split_guidance(noise_pred: Array, guidance_scale: float) -> Array:
-    """Blend the two halves of a classifier-free guidance batch.
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance.
 
-    Source: arXiv:2207.12598, formula (6).
+    Attributes:
+        scale: how far to go from the negative to the positive half, and on.
+        rescale: share of the blend, 0 to 1, that gets the positive half's spread back, which a large scale widens.
     """
-    negative, positive = np.split(noise_pred, 2)
-    blended: Array = negative + np.float32(guidance_scale) * (positive - negative)
-    return blended
+
+    scale: float
+    rescale: float = 0.0
+
+    def blend(self, noise_pred: Array) -> Array:
+        """The two halves of a batch as one.
+
+        Source: arXiv:2207.12598, formula (6); arXiv:2305.08891, section 3.4, for `rescale`.
+        """
+        negative, positive = np.split(noise_pred, 2)
+        blended: Array = negative + np.float32(self.scale) * (positive - negative)
+        if self.rescale:
+            axes = tuple(range(1, blended.ndim))
+            spread = positive.std(axis=axes, keepdims=True) / blended.std(axis=axes, keepdims=True)
+            blended *= np.float32(self.rescale) * spread + np.float32(1 - self.rescale)
+        return blended
 
 
 def denoise(
@@ -47,7 +63,7 @@ def denoise(
     schedule: Schedule,
     begin: Beginning,
     conditions: Callable[[int], Mapping[str, Array]],
-    guidance_scale: float | None,
+    guidance: Guidance | None,
 ) -> Iterator[Step]:
     """Denoise step by step.
 
@@ -56,11 +72,11 @@ def denoise(
         schedule: timesteps and arithmetic.
         begin: latents to start from, and what stays of a picture.
         conditions: the UNet's other inputs at a step; with guidance of twice the latents' batch, negatives first.
-        guidance_scale: `None`: no guidance.
+        guidance: `None`: the batch has one half.
     Yields:
         One `Step` after each call of the UNet.
     """
-    halves = 1 if guidance_scale is None else 2
+    halves = 1 if guidance is None else 2
     dtype = unet.spec.inputs[0].dtype
     latents, state = begin.latents, schedule.start()
     for index, timestep in enumerate(schedule.timesteps):
@@ -72,8 +88,8 @@ def denoise(
             timestep=np.asarray(timestep, np.float32),
             **conditions(index),
         )["noise_pred"].astype(np.float32, copy=False)
-        if guidance_scale is not None:
-            noise_pred = split_guidance(noise_pred, guidance_scale)
+        if guidance is not None:
+            noise_pred = guidance.blend(noise_pred)
         noise = begin.draw_noise() if schedule.needs_noise(index) else None
         latents, state = schedule.step(index, noise_pred, latents, state, noise)
         if begin.frame is not None:

@@ -22,7 +22,7 @@ from ipa.engines.errors import BundleError, RequestError
 from ipa.engines.tensorrt_library import MODULES
 from ipa.runtime.beginning import Beginner, Beginning
 from ipa.runtime.conditioning import guidance_batch
-from ipa.runtime.denoise import Step, denoise
+from ipa.runtime.denoise import Guidance, Step, denoise
 from ipa.runtime.image_slots import Slot, SlotInputs, check_slots, image_slots, opened
 from ipa.runtime.images import open_image, to_images
 from ipa.runtime.kept import Kept
@@ -195,7 +195,8 @@ class Pipeline(Closing):
             for prompt in request.all_image_prompts
             for _ in range(prompt.slots)
         ]
-        numbers = (request.num_inference_steps, request.guidance_scale, request.height, request.width, request.eta)
+        guidance = request.guidance_scale, request.guidance_rescale
+        numbers = (request.num_inference_steps, *guidance, request.height, request.width, request.eta)
         task = (request.strength, request.init_image is None, request.mask_image is None)
         return (*numbers, request.scheduler, *task, *tokens)
 
@@ -301,8 +302,8 @@ class Pipeline(Closing):
         def conditions(index: int) -> Mapping[str, Array]:
             return {"text_kv": text_kv, **images.at(index, len(schedule.timesteps))}
 
-        guidance_scale = request.guidance_scale if has_guidance else None
-        return denoise(unet, schedule, begin, conditions, guidance_scale)
+        guidance = Guidance(request.guidance_scale or 1.0, request.guidance_rescale) if has_guidance else None
+        return denoise(unet, schedule, begin, conditions, guidance)
 
     def _decode(self, latents: NDArray[np.float32]) -> list[Image.Image]:
         """One picture at a time: the decoder's memory grows with the batch, its speed does not."""

@@ -40,6 +40,7 @@ class Request:
             model exactly.
         image_prompts: in place of the three before: several images, several adapters, masks.
         guidance_scale: classifier-free guidance, 1 and below is off.
+        guidance_rescale: 0 to 1, against the glare of a large guidance scale.
         seed: 0 to 2**64 - 1; `None` draws one.
         num_images: pictures drawn from one generator, as diffusers' `num_images_per_prompt`.
         only: make just the picture with this index of the `num_images`.
@@ -58,6 +59,7 @@ class Request:
     ip_adapter_scale: Scale | None = None
     image_prompts: tuple[ImagePrompt, ...] = ()
     guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
     num_inference_steps: int | None = None
     seed: int | None = None
     num_images: int = 1
@@ -90,7 +92,7 @@ class Request:
         _check_int("seed", self.seed, 0, SEED_LIMIT - 1)
         _check_int("num_images", self.num_images, 1, MAX_IMAGES)
         _check_int("only", self.only, 0, self.num_images - 1)
-        for name in ("guidance_scale", "eta"):
+        for name in ("guidance_scale", "guidance_rescale", "eta"):
             _check_finite(name, getattr(self, name))
         if self.ip_adapter_scale is not None:
             check_scale(self.ip_adapter_scale)
@@ -110,8 +112,9 @@ class Request:
                 )
         if self.scheduler is not None and self.scheduler not in SCHEDULER_NAMES:
             raise RequestError(f"unknown scheduler '{self.scheduler}', expected one of {', '.join(SCHEDULER_NAMES)}")
-        if not 0 <= self.eta <= 1:
-            raise RequestError(f"eta is {self.eta}, expected 0 to 1")
+        for name in ("eta", "guidance_rescale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RequestError(f"{name} is {getattr(self, name)}, expected 0 to 1")
 
     def resolved(self, manifest: Manifest) -> Request:
         """This request with the bundle's defaults filled in and a seed drawn."""

@@ -88,6 +88,7 @@ def run_diffusers(oracle: Any, image: Image.Image, request: Request, output_type
         num_images_per_prompt=request.num_images,
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
+        guidance_rescale=request.guidance_rescale,
         height=request.height,
         width=request.width,
         eta=request.eta,
@@ -160,6 +161,11 @@ def test_latents_of_every_scheduler_equal_diffusers(
 
 def test_every_scheduler_is_compared() -> None:
     assert tuple(SCHEDULERS) == SCHEDULER_NAMES
+
+
+def test_guidance_rescale(oracle: Any, pipeline: Pipeline, reference_image: Image.Image) -> None:
+    request = make_request(reference_image, guidance_scale=12.0, guidance_rescale=0.7, num_images=2)
+    assert_same_latents(last_latents(pipeline, request), run_diffusers(oracle, reference_image, request, "latent"))
 
 
 @pytest.mark.parametrize("seed", [0, 2**32, 2**64 - 1])
