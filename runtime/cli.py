@@ -33,6 +33,8 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
     help="Weight of the image; 0 is the base model. Or by block: JSON, or style, layout, style+layout.",
 )
 @click.option("--ip-adapter-mask", multiple=True, metavar="[NAME=]FILE", help="Where an image counts: white. In order.")
+@click.option("--image-embeds", multiple=True, metavar="[NAME=]FILE", help="Features of --save-image-embeds, no image.")
+@click.option("--save-image-embeds", metavar="FILE", help="Write the features of the image prompt: .safetensors.")
 @click.option("--ip-adapter-start", multiple=True, metavar="[NAME=]F", help="From this share of the steps on, 0 to 1.")
 @click.option("--ip-adapter-end", multiple=True, metavar="[NAME=]F", help="Up to this share of the steps.")
 @click.option("--init-image", metavar="FILE", help="The picture to start from: image to image.")
@@ -64,6 +66,7 @@ def run(
     engine: str | None,
     output: str | None,
     source: str | None,
+    save_image_embeds: str | None,
     trust_engines: str | None,
     requests: str | None,
     batch: int | None,
@@ -82,11 +85,14 @@ def run(
     images = image_fields({name: fields.pop(name) for name in OPTIONS})
     given = {name: value for name, value in fields.items() if value is not None} | images
     if requests is not None or batch is not None:
-        if requests is None or source is not None or timings:
-            raise click.UsageError("--batch goes with --requests, which goes without --from and --timings")
+        if requests is None or source is not None or timings or save_image_embeds is not None:
+            raise click.UsageError(
+                "--batch goes with --requests, which goes without --from, --timings and --save-image-embeds"
+            )
         _run_requests(requests, given, bundle, engine, output, trust_engines, batch, not no_metadata, output_format)
         return
     places = {"bundle": bundle, "output": output, "source": source, "trust_engines": trust_engines}
+    places["save_embeds"] = save_image_embeds
     job = Job.plan(given, engine=engine, **places)
     report = job.run(has_metadata=not no_metadata, show=_progress, check=_Interrupt().check)
     if job.engine == "auto" and sys.stderr.isatty():

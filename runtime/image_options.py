@@ -9,7 +9,15 @@ from ipa.engines.errors import RequestError
 from ipa.runtime.block_scales import parse_scale
 from ipa.runtime.image_prompt import ImagePrompt
 
-OPTIONS = ("image", "adapter", "ip_adapter_scale", "ip_adapter_mask", "ip_adapter_start", "ip_adapter_end")
+OPTIONS = (
+    "image",
+    "adapter",
+    "ip_adapter_scale",
+    "ip_adapter_mask",
+    "ip_adapter_start",
+    "ip_adapter_end",
+    "image_embeds",
+)
 
 
 def image_fields(options: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -33,7 +41,7 @@ def image_fields(options: Mapping[str, Sequence[str]]) -> dict[str, Any]:
             given["ip_adapter_scale"].setdefault(adapter, []).append(scale)
     if not any(given.values()) and len(names) <= 1:
         return {"adapter": names[0]} if names else {}
-    for option in ("ip_adapter_scale", "ip_adapter_start", "ip_adapter_end"):
+    for option in ("ip_adapter_scale", "ip_adapter_start", "ip_adapter_end", "image_embeds"):
         for name, values in given[option].items():
             if len(values) > 1:
                 raise RequestError(f"{_flag(option)} is given {len(values)} times for {_named(name)}")
@@ -60,13 +68,15 @@ def _prompt(name: str | None, given: Mapping[str, Mapping[str | None, list[str]]
         for which in ("start", "end")
         if name in given[f"ip_adapter_{which}"]
     }
-    scale = given["ip_adapter_scale"].get(name)
+    scale, embeds = given["ip_adapter_scale"].get(name), given["image_embeds"].get(name)
     return ImagePrompt(
         images=tuple(given["image"].get(name, ())),
         adapter=name,
         scale=None if scale is None else parse_scale(scale[0]),
         masks=tuple(given["ip_adapter_mask"].get(name, ())),
-        **limits,
+        start=limits.get("start", 0.0),
+        end=limits.get("end", 1.0),
+        embeds=None if embeds is None else embeds[0],
     )
 
 

@@ -21,18 +21,20 @@ class ImagePrompt:
 
     Attributes:
         images: one or several; their order does not matter.
+        embeds: in their place, a file of their features, see `ipa.runtime.image_embeds`.
         adapter: which of the bundle's; `None`: its default.
         scale: `ip_adapter_scale`, see `ipa.runtime.block_scales`; `None`: the bundle's default.
         masks: none, or one for each image: it counts where the mask is bright.
         start, end: the share of the denoising steps in which they count, 0 to 1.
     """
 
-    images: tuple[ImageSource, ...]
+    images: tuple[ImageSource, ...] = ()
     adapter: str | None = None
     scale: Scale | None = None
     masks: tuple[ImageSource, ...] = ()
     start: float = 0.0
     end: float = 1.0
+    embeds: Path | str | None = None
 
     def __post_init__(self) -> None:
         for name, pictures in (("images", self.images), ("masks", self.masks)):
@@ -41,10 +43,14 @@ class ImagePrompt:
         if not isinstance(self.adapter, str | None):
             raise RequestError(f"adapter is {self.adapter!r}, expected a name")
         named = f" of adapter '{self.adapter}'" if self.adapter else ""
-        if not self.images:
+        if not isinstance(self.embeds, Path | str | None):
+            raise RequestError(f"embeds{named} is {self.embeds!r}, expected a file's path")
+        if self.images and self.embeds is not None:
+            raise RequestError(f"there are images and embeds{named}: give --image or --image-embeds")
+        if not self.images and self.embeds is None:
             raise RequestError(f"there is no image{named}: add --image {self.adapter or 'NAME'}=FILE")
-        if self.masks and len(self.masks) != len(self.images):
-            raise RequestError(f"{len(self.masks)} masks for {len(self.images)} images{named}: give one for each image")
+        if self.masks and self.images:
+            check_masks(len(self.masks), len(self.images), self.adapter)
         if self.scale is not None:
             check_scale(self.scale)
         for name, value in (("start", self.start), ("end", self.end)):
@@ -65,7 +71,8 @@ class ImagePrompt:
     def record(self) -> dict[str, Any]:
         """As JSON values; pictures that came from no file are left out."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {**values, "images": _paths(self.images), "masks": _paths(self.masks)}
+        embeds = None if self.embeds is None else str(self.embeds)
+        return {**values, "images": _paths(self.images), "masks": _paths(self.masks), "embeds": embeds}
 
     @classmethod
     def from_record(cls, record: object) -> Self:
@@ -79,6 +86,17 @@ class ImagePrompt:
             raise RequestError(f"{record!r} is not an image prompt as ipa-run writes it; give --image yourself")
         pictures = {name: tuple(record[name]) for name in ("images", "masks") if isinstance(record.get(name), list)}
         return cls(**{**record, **pictures})
+
+
+def check_masks(masks: int, images: int, adapter: str | None) -> None:
+    """Refuse masks that are not one for each image.
+
+    Raises:
+        RequestError: says how many there are of both.
+    """
+    if masks != images:
+        named = f" of adapter '{adapter}'" if adapter else ""
+        raise RequestError(f"{masks} masks for {images} images{named}: give one for each image")
 
 
 def _paths(pictures: tuple[ImageSource, ...]) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -13,12 +14,11 @@ from PIL import Image
 from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Array, Engine
 from ipa.engines.errors import RequestError
-from ipa.engines.manifest import AdapterRecord
 from ipa.engines.packed_kv import image_inputs, scale_values
 from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, positions
 from ipa.runtime.block_scales import layer_scales
 from ipa.runtime.conditioning import guidance_batch, image_features
-from ipa.runtime.image_prompt import ImagePrompt, ImageSource
+from ipa.runtime.image_prompt import ImagePrompt, check_masks
 from ipa.runtime.images import open_image, preprocess
 from ipa.runtime.kept import Kept
 from ipa.runtime.masks import binary_mask, mask_level
@@ -63,26 +63,44 @@ def check_slots(prompts: Sequence[ImagePrompt], bundle: Bundle) -> None:
         layer_scales(_scale(prompt), bundle.manifest.kv_layout, bundle.manifest.family)
 
 
-def opened(prompt: ImagePrompt) -> ImagePrompt:
-    """The same with its pictures read.
+@dataclass(frozen=True)
+class OpenedPrompt:
+    """An image prompt with its files read.
 
-    Raises:
-        RequestError: a file is missing or no picture.
+    Attributes:
+        images, masks: RGB.
+        features: (2, images, ...) in place of images.
     """
 
-    def read(pictures: tuple[ImageSource, ...]) -> tuple[Image.Image, ...]:
-        return tuple(open_image(picture) for picture in pictures)
+    prompt: ImagePrompt
+    images: tuple[Image.Image, ...]
+    masks: tuple[Image.Image, ...]
+    features: Array | None = None
 
-    return replace(prompt, images=read(prompt.images), masks=read(prompt.masks))
+
+def opened(prompt: ImagePrompt, bundle: Bundle) -> OpenedPrompt:
+    """Read what a prompt names.
+
+    Raises:
+        RequestError: a file is missing or not what it should be.
+    """
+    images, masks = (tuple(map(open_image, pictures)) for pictures in (prompt.images, prompt.masks))
+    if prompt.embeds is None:
+        return OpenedPrompt(prompt, images, masks)
+    from ipa.runtime.image_embeds import read_embeds
+
+    features = read_embeds(Path(prompt.embeds), bundle.adapter(str(prompt.adapter)), bundle)
+    if masks:
+        check_masks(len(masks), features.shape[1], prompt.adapter)
+    return OpenedPrompt(prompt, images, masks, features)
 
 
 def image_slots(
-    prompts: Sequence[ImagePrompt], bundle: Bundle, engine: OpenEngine, kept: Kept, height: int, width: int
+    prompts: Sequence[OpenedPrompt], bundle: Bundle, engine: OpenEngine, kept: Kept, height: int, width: int
 ) -> list[Slot]:
     """Keys and values of every image prompt.
 
     Args:
-        prompts: opened, see `opened`.
         engine: opens a component; called only for what is not kept.
         kept: of earlier requests.
         height, width: of the picture to be made.
@@ -92,30 +110,53 @@ def image_slots(
     manifest, slots = bundle.manifest, []
     layout = manifest.kv_layout
     latents = height // manifest.vae.downscale, width // manifest.vae.downscale
-    for prompt in prompts:
-        record = bundle.adapter(str(prompt.adapter))
-        scales = layer_scales(_scale(prompt), layout, manifest.family)
-        shown = []
-        for image in prompt.images:
-            assert isinstance(image, Image.Image)
-            key = ("image_kv", prompt.adapter, image.size, hashlib.sha256(image.tobytes()).digest())
-            image_kv = kept.get(key, partial(_image_kv, image, str(prompt.adapter), record, bundle, engine))
-            shown.append(scale_values(image_kv, layout, scales))
-        if not prompt.masks:
-            slots.append(Slot(np.concatenate(shown, axis=1), None, prompt))
-        for image_kv, picture in zip(shown, prompt.masks, strict=False):
-            assert isinstance(picture, Image.Image)
+    for one in prompts:
+        scales = layer_scales(_scale(one.prompt), layout, manifest.family)
+        shown = [scale_values(image_kv, layout, scales) for image_kv in _keys_values(one, bundle, engine, kept)]
+        if not one.masks:
+            slots.append(Slot(np.concatenate(shown, axis=1), None, one.prompt))
+        for image_kv, picture in zip(shown, one.masks, strict=False):
             mask = binary_mask(picture, height, width)
             by_level = {level: mask_level(mask, level, *latents) for level in set(layout.levels)}
-            slots.append(Slot(image_kv, by_level, prompt))
+            slots.append(Slot(image_kv, by_level, one.prompt))
     return slots
 
 
-def _image_kv(image: Image.Image, name: str, record: AdapterRecord, bundle: Bundle, engine: OpenEngine) -> Array:
-    """Unscaled keys and values of the negative and the positive half, (2, tokens, kv)."""
-    pixel_values = preprocess([image], bundle.manifest.image_processor)
-    features = image_features(engine("image_encoder"), pixel_values, name, record)
-    return engine(f"ip_adapter/{name}")(**{record.feature: features})["image_kv"]
+def prompt_features(one: OpenedPrompt, bundle: Bundle, engine: OpenEngine, kept: Kept) -> Array:
+    """The image features of a prompt, (2, images, ...), as `ipa.runtime.image_embeds` keeps them."""
+    if one.features is not None:
+        return one.features
+    name = str(one.prompt.adapter)
+    record = bundle.adapter(name)
+
+    def encode(image: Image.Image) -> Array:
+        pixel_values = preprocess([image], bundle.manifest.image_processor)
+        return image_features(engine("image_encoder"), pixel_values, name, record)
+
+    kind = ("features", record.feature, record.negative)
+    return np.stack([kept.get((*kind, *_content(image)), partial(encode, image)) for image in one.images], axis=1)
+
+
+def _keys_values(one: OpenedPrompt, bundle: Bundle, engine: OpenEngine, kept: Kept) -> list[Array]:
+    """Of each image, unscaled, (2, tokens, kv)."""
+    name = str(one.prompt.adapter)
+    feature = bundle.adapter(name).feature
+
+    def project(features: Array) -> Array:
+        return engine(f"ip_adapter/{name}")(**{feature: features})["image_kv"]
+
+    features = [
+        np.ascontiguousarray(halves) for halves in np.moveaxis(prompt_features(one, bundle, engine, kept), 1, 0)
+    ]
+    return [
+        kept.get(("image_kv", name, hashlib.sha256(array.tobytes()).digest()), partial(project, array))
+        for array in features
+    ]
+
+
+def _content(image: Image.Image) -> tuple[object, ...]:
+    """Equal for equal pictures."""
+    return image.size, hashlib.sha256(image.tobytes()).digest()
 
 
 def _scale(prompt: ImagePrompt) -> float | str | Mapping[str, object]:

@@ -65,6 +65,7 @@ class Job:
     warnings: tuple[str, ...] = ()
     unet_sha256: str | None = None  # of the UNet that made the picture this job makes again
     trust_engines: Path | None = None  # folder of engine plans in place of the user's cache
+    save_embeds: Path | None = None  # where the features of the image prompt go
 
     @classmethod
     def plan(
@@ -76,12 +77,13 @@ class Job:
         output: str | None,
         source: str | None,
         trust_engines: str | None = None,
+        save_embeds: str | None = None,
     ) -> Self:
         """Check everything that can be checked before a model is opened.
 
         Args:
             given: fields of `Request` that the user named.
-            bundle, engine, output, trust_engines: as on the command line.
+            bundle, engine, output, trust_engines, save_embeds: as on the command line.
             source: a PNG of ours whose request the given fields override.
         Raises:
             RequestError: a field, the source or the output does not fit.
@@ -108,6 +110,8 @@ class Job:
         folder = bundle if bundle is not None else recorded.get("bundle")
         target = Path(output) if output is not None else Path()
         check_writable(target)
+        if save_embeds is not None and len(request.all_image_prompts) != 1:
+            raise RequestError(f"--save-image-embeds keeps one image prompt, this has {len(request.all_image_prompts)}")
         return cls(
             request,
             None if folder is None else Path(str(folder)),
@@ -117,6 +121,7 @@ class Job:
             tuple(warnings),
             recorded.get("unet_sha256") if bundle is None else None,
             None if trust_engines is None else Path(trust_engines),
+            None if save_embeds is None else Path(save_embeds),
         )
 
     def run(
@@ -144,6 +149,8 @@ class Job:
             finally:
                 if bar is not None:
                     bar.close()
+            if self.save_embeds is not None:
+                self._save_embeds(self.save_embeds, pipeline, result.request)
             about, engine = origin(pipeline, self.request, self.bundle), pipeline.choice
         warnings = [*self.warnings, *warnings, *result.warnings]
         if self.unet_sha256 not in (None, about["unet_sha256"]):
@@ -152,6 +159,13 @@ class Job:
         paths = output_paths(self.output, len(result.images), result.request.seed)
         write_pictures(result, paths, about if has_metadata else None)
         return Report(paths, result, engine, str(self.bundle or "demo"), warnings)
+
+    def _save_embeds(self, path: Path, pipeline: Pipeline, request: Request) -> None:
+        from ipa.runtime.image_embeds import write_embeds
+
+        (prompt,) = request.all_image_prompts
+        feature = pipeline.bundle.adapter(str(prompt.adapter)).feature
+        write_embeds(path, pipeline.image_embeds(prompt), feature, pipeline.bundle)
 
     def _open(self) -> tuple[Pipeline, list[str]]:
         """The pipeline, in the engine that was asked for or that made the picture before; and what to warn of."""

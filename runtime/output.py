@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -67,12 +69,21 @@ def write_png(image: Image.Image, path: Path, pnginfo: PngInfo | None) -> None:
     Raises:
         RequestError: `path` is a folder, its folder is missing or cannot be written to, or the disk is full.
     """
+    _write(path, lambda file: image.save(file, format="PNG", pnginfo=pnginfo))
+
+
+def write_bytes(content: bytes, path: Path) -> None:
+    """Write a file; as `write_png`."""
+    _write(path, lambda file: file.write(content))
+
+
+def _write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     temporary = _temporary(path.parent)
     try:
         if path.is_dir():
             raise RequestError(f"output {path}: is a folder; name a file in it")
         with temporary.open("xb") as file:
-            image.save(file, format="PNG", pnginfo=pnginfo)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -23,7 +23,8 @@ from ipa.engines.tensorrt_library import MODULES
 from ipa.runtime.beginning import Beginner, Beginning
 from ipa.runtime.conditioning import guidance_batch
 from ipa.runtime.denoise import Guidance, Step, denoise
-from ipa.runtime.image_slots import Slot, SlotInputs, check_slots, image_slots, opened
+from ipa.runtime.image_prompt import ImagePrompt
+from ipa.runtime.image_slots import Slot, SlotInputs, check_slots, image_slots, opened, prompt_features
 from ipa.runtime.images import open_image, to_images
 from ipa.runtime.kept import Kept
 from ipa.runtime.request import Request
@@ -180,13 +181,22 @@ class Pipeline(Closing):
         run = run.with_text(*self._text_kv(run.request))
         return self._denoise([run.with_slots(self._slots(run))])
 
+    def image_embeds(self, prompt: ImagePrompt) -> Array:
+        """The features of a prompt's images, (2, images, ...), negative half first; `prompt.adapter` reads them.
+
+        Raises:
+            RequestError: an image cannot be read.
+            BundleError: there is no such adapter.
+        """
+        return prompt_features(opened(prompt, self.bundle), self.bundle, self._engine, self._kept)
+
     def _prepared(self, request: Request) -> Run:
         """The request checked, its pictures read."""
         init_image, mask_image = (
             None if picture is None else open_image(picture) for picture in (request.init_image, request.mask_image)
         )
         request, schedule = self._resolved(request.sized(init_image))
-        prompts = tuple(opened(prompt) for prompt in request.all_image_prompts)
+        prompts = tuple(opened(prompt, self.bundle) for prompt in request.all_image_prompts)
         return Run(request, schedule, prompts, init_image, mask_image)
 
     def _key(self, request: Request) -> Hashable:
@@ -198,13 +208,14 @@ class Pipeline(Closing):
         guidance = request.guidance_scale, request.guidance_rescale
         numbers = (request.num_inference_steps, *guidance, request.height, request.width, request.eta)
         task = (request.strength, request.init_image is None, request.mask_image is None)
-        return (*numbers, request.scheduler, *task, *tokens)
+        embeds = tuple(str(prompt.embeds) for prompt in request.all_image_prompts)  # the number in it is not known yet
+        return (*numbers, request.scheduler, *task, *tokens, *embeds)
 
     def _load(self, requests: Sequence[Request]) -> None:
         names = ["text_encoder", "text_kv", "unet", "vae_decoder"]
-        prompts = (prompt for request in requests for prompt in request.all_image_prompts)
-        adapters = {f"ip_adapter/{prompt.adapter}": None for prompt in prompts}
-        names += ["image_encoder", *adapters] if adapters else []
+        prompts = [prompt for request in requests for prompt in request.all_image_prompts]
+        names += ["image_encoder"] if any(prompt.images for prompt in prompts) else []
+        names += {f"ip_adapter/{prompt.adapter}": None for prompt in prompts}
         names += ["vae_encoder"] if any(request.init_image is not None for request in requests) else []
         for name in names:
             self._engine(name)

@@ -9,8 +9,7 @@ from typing import Any, Self
 from numpy.typing import NDArray
 from PIL import Image
 
-from ipa.runtime.image_prompt import ImagePrompt
-from ipa.runtime.image_slots import Slot
+from ipa.runtime.image_slots import OpenedPrompt, Slot
 from ipa.runtime.request import Request
 from ipa.runtime.schedulers import Schedule
 
@@ -33,7 +32,7 @@ class Run:
 
     request: Request
     schedule: Schedule
-    prompts: tuple[ImagePrompt, ...]
+    prompts: tuple[OpenedPrompt, ...]
     init_image: Image.Image | None = None
     mask_image: Image.Image | None = None
     text_kv: Array | None = None

@@ -6,7 +6,10 @@ One UNet with three slots and masks serves all of it. Tolerances as in test_fide
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,15 @@ from conftest import made_once
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
-from tiny import tiny_adapter
+from safetensors.numpy import save_file
+from tiny import EMBED_WIDTH, tiny_adapter
 
 from ipa.engines.errors import IpaError, RequestError
 from ipa.engines.spec import ImageSlots
 from ipa.export.adapters import AdapterFile
 from ipa.export.build import ExportRequest, export_bundle
 from ipa.runtime import ImagePrompt, Pipeline, Request
+from ipa.runtime.image_embeds import write_embeds
 
 STEPS = 4
 SIDE = 64
@@ -236,3 +241,70 @@ def test_more_prompts_than_slots(pipeline: Pipeline, tiny_bundle: Path) -> None:
         ours(pipeline, *[ImagePrompt((picture(1),), "a")] * 4)
     with Pipeline.open(tiny_bundle) as plain, pytest.raises(RequestError, match=r"has 1 and no masks: .* --masks"):
         ours(plain, ImagePrompt((picture(1),), "tiny", masks=(half_mask(True),)))
+
+
+def test_saved_embeds_stand_for_their_images(pipeline: Pipeline, tmp_path: Path) -> None:
+    prompt = ImagePrompt((picture(1), picture(2)), "a", 0.8, masks=(half_mask(True), half_mask(False)))
+    file = tmp_path / "two.safetensors"
+    write_embeds(file, pipeline.image_embeds(prompt), "image_embeds", pipeline.bundle)
+    saved = replace(prompt, images=(), embeds=file)
+    np.testing.assert_array_equal(ours(pipeline, saved), ours(pipeline, prompt))
+    np.testing.assert_array_equal(pipeline.image_embeds(saved), pipeline.image_embeds(prompt))
+    with pytest.raises(RequestError, match="1 masks for 2 images of adapter 'a'"):
+        ours(pipeline, replace(saved, masks=(half_mask(True),)))
+    with pytest.raises(RequestError, match="images and embeds"):
+        replace(prompt, embeds=file)
+
+
+def test_embeds_are_diffusers_own(pipeline: Pipeline, oracle: Any, tmp_path: Path) -> None:
+    """A file of diffusers' embeddings, without our metadata, gives diffusers' picture."""
+    file = tmp_path / "theirs.safetensors"
+    with torch.no_grad():
+        embeds = oracle.prepare_ip_adapter_image_embeds([[picture(1), picture(2)], picture(3)], None, "cpu", 1, True)
+    save_file({"image_embeds": embeds[0].contiguous().numpy()}, file)
+    found = ours(pipeline, ImagePrompt(adapter="a", scale=0.8, embeds=file), ImagePrompt((picture(3),), "b", 0.3))
+    assert_close(found, theirs(oracle, [[picture(1), picture(2)], picture(3)], [0.8, 0.3]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"no tensors", "cannot be read"),
+        ({"image_embeds": np.zeros((2, 1, 7), np.float32)}, r"hold image_embeds \(2, 1, 7\); the adapter reads"),
+        ({"hidden_states": np.zeros((2, 1, 4, 4), np.float32)}, "the adapter reads image_embeds"),
+        ({"image_embeds": np.full((2, 1, EMBED_WIDTH), np.nan, np.float32)}, "NaN"),
+        ({"image_embeds": np.zeros((1, 1, EMBED_WIDTH), np.float32)}, "the adapter reads"),
+    ],
+)
+def test_bad_embeds(pipeline: Pipeline, tmp_path: Path, content: Any, message: str) -> None:
+    file = tmp_path / "bad.safetensors"
+    if isinstance(content, dict):
+        save_file(content, file)
+    elif content is not None:
+        file.write_bytes(content)
+    with pytest.raises(RequestError, match=message):
+        ours(pipeline, ImagePrompt(adapter="a", embeds=file))
+
+
+def test_embeds_of_another_image_encoder(pipeline: Pipeline, tmp_path: Path) -> None:
+    file = tmp_path / "other.safetensors"
+    embeds = np.zeros((2, 1, EMBED_WIDTH), np.float32)
+    save_file({"image_embeds": embeds}, file, metadata={"image_encoder_sha256": "0" * 64})
+    with pytest.raises(RequestError, match="another image encoder"):
+        ours(pipeline, ImagePrompt(adapter="a", embeds=file))
+
+
+def test_the_command_saves_and_takes_embeds(roomy_bundle: Path, tmp_path: Path) -> None:
+    picture(1).save(tmp_path / "in.png")
+    common = ["--bundle", roomy_bundle, "--adapter", "b=0.7", "--prompt", "a cat", "--steps", 2, "--seed", 1]
+    common += ["--height", 64, "--width", 64, "--engine", "onnxruntime", "--no-metadata"]
+    first, second, file = (tmp_path / name for name in ("1.png", "2.png", "kept.safetensors"))
+    run = Path(sys.executable).parent / "ipa-run"
+    for extra in (
+        ["--image", tmp_path / "in.png", "--save-image-embeds", file, "--output", first],
+        ["--image-embeds", file, "--output", second],
+    ):
+        done = subprocess.run([run, *map(str, common + extra)], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert first.read_bytes() == second.read_bytes()

@@ -1,0 +1,66 @@
+"""Image features in a file: an image is encoded once and used many times, without the image encoder.
+
+A `.safetensors` file with one tensor, named by the feature and shaped as diffusers takes `ip_adapter_image_embeds`:
+(2, images, ...), the negative half first. Its metadata names the image encoder by sha256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ipa.engines.bundle import Bundle
+from ipa.engines.engine import Array
+from ipa.engines.errors import RequestError
+from ipa.engines.manifest import AdapterRecord
+from ipa.runtime.output import write_bytes
+
+_ENCODER = "image_encoder_sha256"
+
+
+def write_embeds(path: Path, features: Array, feature: str, bundle: Bundle) -> None:
+    """Write the features of some images.
+
+    Args:
+        features: (2, images, ...) as the image encoder gives them.
+        feature: their name.
+    Raises:
+        RequestError: the file cannot be written.
+    """
+    metadata = {_ENCODER: bundle.manifest.components["image_encoder"].sha256}
+    write_bytes(save({feature: np.ascontiguousarray(features)}, metadata), path)
+
+
+def read_embeds(path: Path, adapter: AdapterRecord, bundle: Bundle) -> Array:
+    """The features that `write_embeds` wrote, (2, images, ...).
+
+    Args:
+        adapter: that will read them.
+    Raises:
+        RequestError: the file is missing or damaged, or its features are not what the adapter reads.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found: Mapping[str, Array] = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RequestError(
+            f"image embeds {path}: cannot be read ({error}); make them with --save-image-embeds"
+        ) from error
+    axes = adapter.component.spec.inputs[0].axes[1:]
+    features = found.get(adapter.feature)
+    if features is None or features.shape[2:] != axes or len(features) != 2 or not features.shape[1]:
+        shapes = ", ".join(f"{name} {tensor.shape}" for name, tensor in found.items())
+        raise RequestError(
+            f"image embeds {path} hold {shapes or 'nothing'}; the adapter reads {adapter.feature} "
+            f"(2, images, {', '.join(map(str, axes))})"
+        )
+    if not np.isfinite(features).all():
+        raise RequestError(f"image embeds {path} hold NaN or infinity; make them again with --save-image-embeds")
+    if metadata.get(_ENCODER) not in (None, bundle.manifest.components["image_encoder"].sha256):
+        raise RequestError(f"image embeds {path} were made with another image encoder than that of {bundle.root}")
+    return features.astype(adapter.component.spec.inputs[0].dtype)
