@@ -26,6 +26,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
+from parity import assert_same_latents
 from PIL import Image
 
 from ipa.runtime import Pipeline, Request
@@ -117,14 +118,6 @@ def make_request(image: Image.Image | None, **fields: Any) -> Request:
         "scheduler": "ddim",
     }
     return Request(**{**defaults, **fields})
-
-
-def assert_same_latents(ours: np.ndarray, theirs: torch.Tensor) -> None:
-    expected = theirs.numpy()
-    assert ours.shape == expected.shape
-    assert ours.dtype == np.float32
-    error = np.abs(ours - expected).max() / np.abs(expected).max()
-    assert error < 1e-3, f"relative error {error:.1e}"
 
 
 @pytest.mark.parametrize(("scheduler", "guidance", "scale", "size", "count"), CASES)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
+from parity import assert_same_latents
 from PIL import Image
-from test_fidelity import assert_same_latents, last_latents, make_request, run_diffusers
+from test_fidelity import last_latents, make_request, run_diffusers
 
 from ipa.engines.bundle import hash_file
 from ipa.export.checks import TOLERANCES

@@ -23,6 +23,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     UNet2DConditionModel,
 )
+from parity import assert_same_latents
 from PIL import Image
 
 from ipa.engines.errors import RequestError
@@ -117,12 +118,6 @@ def last_latents(pipeline: Pipeline, request: Request) -> Any:
     return step.latents
 
 
-def assert_close(found: Any, expected: Any) -> None:
-    assert found.shape == expected.shape
-    error = np.abs(found - expected).max() / np.abs(expected).max()
-    assert error < 1e-3, f"relative error {error:.1e}"
-
-
 @pytest.mark.parametrize(
     ("scheduler", "strength", "fields"),
     [
@@ -143,7 +138,7 @@ def test_image_to_image(
 ) -> None:
     request = make_request(scheduler=scheduler, strength=strength, **fields)
     expected = run_diffusers(StableDiffusionImg2ImgPipeline, tiny_base, tiny_adapter_file, request)
-    assert_close(last_latents(pipeline, request), expected)
+    assert_same_latents(last_latents(pipeline, request), expected)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +156,7 @@ def test_inpainting_with_an_ordinary_model(
     request = make_request(scheduler=scheduler, strength=strength, mask_image=hole(), **fields)
     size = {"mask_image": hole(), "height": 64, "width": 72}
     expected = run_diffusers(StableDiffusionInpaintPipeline, tiny_base, tiny_adapter_file, request, **size)
-    assert_close(last_latents(pipeline, request), expected)
+    assert_same_latents(last_latents(pipeline, request), expected)
 
 
 @pytest.mark.parametrize(("strength", "eta"), [(1.0, 0.5), (0.6, 0.0)])
@@ -172,7 +167,7 @@ def test_inpainting_with_an_inpainting_model(
     size = {"mask_image": hole(), "height": 64, "width": 72}
     expected = run_diffusers(StableDiffusionInpaintPipeline, inpainting_base, tiny_adapter_file, request, **size)
     with Pipeline.open(inpainting_bundle, engine="onnxruntime") as pipe:
-        assert_close(last_latents(pipe, request), expected)
+        assert_same_latents(last_latents(pipe, request), expected)
         with pytest.raises(RequestError, match=r"an inpainting model.*--mask-image"):
             pipe.run(make_request())
 

@@ -19,6 +19,7 @@ import torch
 from conftest import made_once
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.image_processor import IPAdapterMaskProcessor
+from parity import assert_same_latents
 from PIL import Image
 from safetensors.numpy import save_file
 from tiny import EMBED_WIDTH, tiny_adapter
@@ -133,11 +134,6 @@ def theirs(
     ).images.numpy()
 
 
-def assert_close(found: Any, expected: Any) -> None:
-    error = np.abs(found - expected).max() / np.abs(expected).max()
-    assert error < 1e-3, f"relative error {error:.1e}"
-
-
 def preprocessed(masks: list[Image.Image], size: tuple[int, int] = (SIDE, SIDE)) -> Any:
     tensor = IPAdapterMaskProcessor().preprocess(masks, height=size[1], width=size[0])
     return tensor.reshape(1, len(masks), size[1], size[0])
@@ -147,12 +143,12 @@ def test_two_adapters_with_several_images(pipeline: Pipeline, oracle: Any) -> No
     found = ours(
         pipeline, ImagePrompt((picture(1), picture(2)), "a", 0.8), ImagePrompt((picture(3),), "b", 0.3), images=2
     )
-    assert_close(found, theirs(oracle, [[picture(1), picture(2)], [picture(3)]], [0.8, 0.3], count=2))
+    assert_same_latents(found, theirs(oracle, [[picture(1), picture(2)], [picture(3)]], [0.8, 0.3], count=2))
 
 
 def test_scales_by_block(pipeline: Pipeline, oracle: Any) -> None:
     found = ours(pipeline, ImagePrompt((picture(1),), "a", BLOCKS), ImagePrompt((picture(3),), "b", 0.6))
-    assert_close(found, theirs(oracle, [picture(1), picture(3)], [BLOCKS, 0.6]))
+    assert_same_latents(found, theirs(oracle, [picture(1), picture(3)], [BLOCKS, 0.6]))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (104, 72)])
@@ -165,7 +161,9 @@ def test_masks(pipeline: Pipeline, oracle: Any, size: tuple[int, int]) -> None:
         size=size,
     )
     masks = [preprocessed([left, right], size), preprocessed([tall], size)]
-    assert_close(found, theirs(oracle, [[picture(1), picture(2)], [picture(3)]], [[0.9, 0.9], [0.5]], masks, size))
+    assert_same_latents(
+        found, theirs(oracle, [[picture(1), picture(2)], [picture(3)]], [[0.9, 0.9], [0.5]], masks, size)
+    )
 
 
 def test_an_image_counts_in_its_share_of_the_steps(pipeline: Pipeline, oracle: Any) -> None:
@@ -178,7 +176,7 @@ def test_an_image_counts_in_its_share_of_the_steps(pipeline: Pipeline, oracle: A
         pipeline, ImagePrompt((picture(1),), "a", 0.8, start=0.25, end=0.75), ImagePrompt((picture(3),), "b", 0.4)
     )
     expected = theirs(oracle, [picture(1), picture(3)], [0.0, 0.4], callback=switch)
-    assert_close(found, expected)
+    assert_same_latents(found, expected)
 
 
 # Below, the same sums in another order: some 1e-7 per call, over steps and guidance 1e-5.
@@ -263,7 +261,7 @@ def test_embeds_are_diffusers_own(pipeline: Pipeline, oracle: Any, tmp_path: Pat
         embeds = oracle.prepare_ip_adapter_image_embeds([[picture(1), picture(2)], picture(3)], None, "cpu", 1, True)
     save_file({"image_embeds": embeds[0].contiguous().numpy()}, file)
     found = ours(pipeline, ImagePrompt(adapter="a", scale=0.8, embeds=file), ImagePrompt((picture(3),), "b", 0.3))
-    assert_close(found, theirs(oracle, [[picture(1), picture(2)], picture(3)], [0.8, 0.3]))
+    assert_same_latents(found, theirs(oracle, [[picture(1), picture(2)], picture(3)], [0.8, 0.3]))
 
 
 @pytest.mark.parametrize(
