@@ -6,14 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ipa.engines.errors import RequestError
 from ipa.runtime.schedulers.alphas import AlphasCumprod
 from ipa.runtime.schedulers.checks import check_first_timestep
 from ipa.runtime.schedulers.clipping import clipped
 from ipa.runtime.schedulers.config import ClippingConfig
+from ipa.runtime.schedulers.discrete import DiscreteSchedule
 from ipa.runtime.schedulers.predictions import predicted_clean, predicted_noise
 from ipa.runtime.schedulers.schedule import Array, State
 from ipa.runtime.schedulers.timesteps import spaced_timesteps
@@ -67,32 +65,28 @@ class DDIMScheduler:
         first = int(timesteps[0])
         check_first_timestep(self.config.prediction_type, first, self._alphas_cumprod[first])
         stride = self.config.num_train_timesteps // num_inference_steps
-        return DDIMSchedule(self.config, self._alphas_cumprod, timesteps, stride, eta, use_clipped_model_output)
+        return DDIMSchedule(
+            self._alphas_cumprod,
+            timesteps,
+            config=self.config,
+            stride=stride,
+            eta=eta,
+            use_clipped_model_output=use_clipped_model_output,
+        )
 
 
-@dataclass(frozen=True, eq=False)
-class DDIMSchedule:
-    """One run of DDIM; see `Schedule` for its methods.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DDIMSchedule(DiscreteSchedule):
+    """One run of DDIM.
 
     Attributes:
-        alphas_cumprod: by training timestep.
-        timesteps: of each call of the model, falling.
         stride: how far a step goes, in training timesteps.
     """
 
     config: DDIMConfig
-    alphas_cumprod: AlphasCumprod
-    timesteps: NDArray[np.int64]
     stride: int
     eta: float
     use_clipped_model_output: bool
-    init_noise_sigma: float = 1.0
-
-    def start(self) -> State:
-        return State()
-
-    def scale_model_input(self, index: int, latents: Array) -> Array:
-        return latents
 
     def needs_noise(self, index: int) -> bool:
         return self.eta > 0
@@ -117,6 +111,3 @@ class DDIMSchedule:
         if noise is not None:
             latents = latents + math.sqrt(variance) * noise
         return latents, state
-
-    def add_noise(self, index: int, latents: Array, noise: Array) -> Array:
-        return self.alphas_cumprod.add_noise(int(self.timesteps[index]), latents, noise)

@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ipa.runtime.schedulers.alphas import AlphasCumprod
 from ipa.runtime.schedulers.checks import check_eta_is_zero, check_first_timestep
 from ipa.runtime.schedulers.clipping import clipped
 from ipa.runtime.schedulers.config import ClippingConfig, check_choice
+from ipa.runtime.schedulers.discrete import DiscreteSchedule
 from ipa.runtime.schedulers.predictions import predicted_clean
 from ipa.runtime.schedulers.schedule import Array, State
 from ipa.runtime.schedulers.timesteps import spaced_timesteps
@@ -68,34 +66,17 @@ class DDPMScheduler:
         timesteps = spaced_timesteps(self.config, num_inference_steps, start)
         first = int(timesteps[0])
         check_first_timestep(self.config.prediction_type, first, self._alphas_cumprod[first])
-        return DDPMSchedule(self.config, self._alphas_cumprod, timesteps)
+        return DDPMSchedule(self._alphas_cumprod, timesteps, config=self.config)
 
 
-@dataclass(frozen=True, eq=False)
-class DDPMSchedule:
-    """One run of DDPM; see `Schedule` for its methods.
-
-    Attributes:
-        alphas_cumprod: by training timestep.
-        timesteps: of each call of the model, falling.
-    """
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DDPMSchedule(DiscreteSchedule):
+    """One run of DDPM."""
 
     config: DDPMConfig
-    alphas_cumprod: AlphasCumprod
-    timesteps: NDArray[np.int64]
-    init_noise_sigma: float = 1.0
-
-    def start(self) -> State:
-        return State()
-
-    def scale_model_input(self, index: int, latents: Array) -> Array:
-        return latents
 
     def needs_noise(self, index: int) -> bool:
         return bool(self.timesteps[index] > 0)
-
-    def add_noise(self, index: int, latents: Array, noise: Array) -> Array:
-        return self.alphas_cumprod.add_noise(int(self.timesteps[index]), latents, noise)
 
     def step(
         self, index: int, noise_pred: Array, latents: Array, state: State, noise: Array | None = None

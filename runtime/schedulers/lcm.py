@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ipa.engines.errors import RequestError
 from ipa.runtime.schedulers.alphas import AlphasCumprod
 from ipa.runtime.schedulers.checks import check_eta_is_zero, check_first_timestep, check_start
 from ipa.runtime.schedulers.clipping import clipped
 from ipa.runtime.schedulers.config import ClippingConfig, bad_option
+from ipa.runtime.schedulers.discrete import DiscreteSchedule
 from ipa.runtime.schedulers.predictions import predicted_clean
 from ipa.runtime.schedulers.schedule import Array, State
 
@@ -80,34 +80,17 @@ class LCMScheduler:
         timesteps = original[chosen][start:]
         first = int(timesteps[0])
         check_first_timestep(self.config.prediction_type, first, self._alphas_cumprod[first])
-        return LCMSchedule(self.config, self._alphas_cumprod, timesteps)
+        return LCMSchedule(self._alphas_cumprod, timesteps, config=self.config)
 
 
-@dataclass(frozen=True, eq=False)
-class LCMSchedule:
-    """One run of LCM; see `Schedule` for its methods.
-
-    Attributes:
-        alphas_cumprod: by training timestep.
-        timesteps: of each call of the model, falling.
-    """
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LCMSchedule(DiscreteSchedule):
+    """One run of LCM."""
 
     config: LCMConfig
-    alphas_cumprod: AlphasCumprod
-    timesteps: NDArray[np.int64]
-    init_noise_sigma: float = 1.0
-
-    def start(self) -> State:
-        return State()
-
-    def scale_model_input(self, index: int, latents: Array) -> Array:
-        return latents
 
     def needs_noise(self, index: int) -> bool:
         return index < len(self.timesteps) - 1
-
-    def add_noise(self, index: int, latents: Array, noise: Array) -> Array:
-        return self.alphas_cumprod.add_noise(int(self.timesteps[index]), latents, noise)
 
     def step(
         self, index: int, noise_pred: Array, latents: Array, state: State, noise: Array | None = None

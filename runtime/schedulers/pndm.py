@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ipa.engines.errors import BundleError, RequestError
 from ipa.runtime.schedulers.alphas import AlphasCumprod
 from ipa.runtime.schedulers.checks import check_eta_is_zero, check_start
 from ipa.runtime.schedulers.config import SchedulerConfig
+from ipa.runtime.schedulers.discrete import DiscreteSchedule
 from ipa.runtime.schedulers.schedule import Array, State
 from ipa.runtime.schedulers.timesteps import spaced_timesteps
 
@@ -78,7 +78,7 @@ class PNDMScheduler:
         if self.config.skip_prk_steps:
             # The second timestep is visited twice: a first step by Euler's method, corrected by Heun's.
             calls = np.concatenate([timesteps[:2], timesteps[1:2], timesteps[2:]])[start:]
-            return PNDMSchedule(self.config, self._alphas_cumprod, calls, stride, 0)
+            return PNDMSchedule(self._alphas_cumprod, calls, config=self.config, stride=stride, warm_up_calls=0)
         if num_inference_steps <= RUNGE_KUTTA_INTERVALS:
             raise RequestError(
                 f"--steps is {num_inference_steps}, expected {RUNGE_KUTTA_INTERVALS + 1} or more: "
@@ -93,35 +93,21 @@ class PNDMScheduler:
         middles = ends + stride // 2
         warm_up = np.stack([starts, middles, middles, ends], axis=1).ravel()
         calls = np.concatenate([warm_up, timesteps[RUNGE_KUTTA_INTERVALS:]])
-        return PNDMSchedule(self.config, self._alphas_cumprod, calls, stride, len(warm_up))
+        return PNDMSchedule(self._alphas_cumprod, calls, config=self.config, stride=stride, warm_up_calls=len(warm_up))
 
 
-@dataclass(frozen=True, eq=False)
-class PNDMSchedule:
-    """One run of PNDM; see `Schedule` for its methods.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PNDMSchedule(DiscreteSchedule):
+    """One run of PNDM.
 
     Attributes:
-        alphas_cumprod: by training timestep.
-        timesteps: of each call of the model.
         stride: how far a step goes, in training timesteps.
         warm_up_calls: how many calls at the beginning belong to Runge-Kutta steps.
     """
 
     config: PNDMConfig
-    alphas_cumprod: AlphasCumprod
-    timesteps: NDArray[np.int64]
     stride: int
     warm_up_calls: int
-    init_noise_sigma: float = 1.0
-
-    def start(self) -> State:
-        return State()
-
-    def scale_model_input(self, index: int, latents: Array) -> Array:
-        return latents
-
-    def needs_noise(self, index: int) -> bool:
-        return False
 
     def step(
         self, index: int, noise_pred: Array, latents: Array, state: State, noise: Array | None = None
@@ -138,9 +124,6 @@ class PNDMSchedule:
         # Only the first of all calls needs its latents again.
         anchor = latents if index == 0 else None
         return self._transfer(latents, output, timestep, timestep - self.stride), State(outputs, anchor=anchor)
-
-    def add_noise(self, index: int, latents: Array, noise: Array) -> Array:
-        return self.alphas_cumprod.add_noise(int(self.timesteps[index]), latents, noise)
 
     def _heun(self, noise_pred: Array, outputs: tuple[Array, ...], anchor: Array) -> Array:
         """Cross the first interval again, with the mean of the outputs at its two ends."""
