@@ -23,7 +23,9 @@ from ipa.engines.errors import EngineError
 from ipa.engines.manifest import FILE_NAME, FileRecord, Manifest
 from ipa.engines.plan_cache import PlanCache
 from ipa.engines.shape_profile import ShapeProfile
+from ipa.engines.spec import ImageSlots
 from ipa.export import resources
+from ipa.export.build import ExportRequest, export_bundle
 from ipa.export.cli import main
 from ipa.export.engine_builds import EngineBuilds
 
@@ -329,3 +331,19 @@ def test_tensorrt_without_a_driver_says_what_to_do(
     (line,) = result.stderr.splitlines()
     assert "no NVIDIA driver here" in line
     assert "`--engine tensorrt-rtx` builds without one" in line
+
+
+def test_a_unet_with_slots_and_masks_builds(tiny_base: Path, tmp_path: Path) -> None:
+    slots = ImageSlots(2, True)
+    export_bundle(ExportRequest(str(tiny_base), tmp_path / "bundle", dtype="float16", slots=slots))
+    bundle = Bundle.open(tmp_path / "bundle", verify=False)
+    profile = ShapeProfile.parse(["128x128", "64x192"], "1:1:2", "4:4:16")
+    builds = EngineBuilds(bundle, PlanCache(tmp_path / "cache"), "tensorrt-rtx", profile, ("8.6",))
+    _, missing = builds.survey()
+    builds.run([job for job in missing if job.component == "unet"], 1, lambda component, done: None)
+    ((_, header),) = PlanCache(tmp_path / "cache").headers()
+    kv = bundle.manifest.kv_layout.size
+    assert header.tensors["image_kv_1"] == f"float16 1x1x{kv}:2x4x{kv}:4x16x{kv}"
+    # 16 x 8, 16 x 16 and 24 x 16 latents; half of both on the next level.
+    assert header.tensors["image_mask_0"] == "float16 1x2x128:2x2x256:4x2x384"
+    assert header.tensors["image_mask_1"] == "float16 1x2x32:2x2x64:4x2x96"
