@@ -94,8 +94,9 @@ def _request(record: dict[str, Any], folder: Path, defaults: Mapping[str, Any]) 
     unknown = sorted(set(record) - _FIELDS)
     if unknown:
         raise RequestError(f"{unknown[0]!r} is no field of a request; there are {', '.join(sorted(_FIELDS))}")
-    if isinstance(record.get("image"), str):
-        record["image"] = str(folder / record["image"])
+    for name in ("image", "init_image", "mask_image"):
+        if isinstance(record.get(name), str):
+            record[name] = str(folder / record[name])
     if "image_prompts" in record:
         prompts = record["image_prompts"]
         if not isinstance(prompts, list):
@@ -116,4 +117,5 @@ def _prompt(record: object, folder: Path) -> ImagePrompt:
     from_here = {
         name: [str(folder / one) if isinstance(one, str) else one for one in ones] for name, ones in pictures.items()
     }
-    return ImagePrompt.from_record({**record, **from_here})
+    embeds = {"embeds": str(folder / record["embeds"])} if isinstance(record.get("embeds"), str) else {}
+    return ImagePrompt.from_record({**record, **from_here, **embeds})

@@ -69,6 +69,12 @@ def test_pictures_are_those_of_single_requests(folder: Path, tiny_bundle: Path) 
             np.testing.assert_array_equal(pixels(run.output / f"b-{index}.png"), np.asarray(image))
 
 
+def test_pictures_to_start_from_lie_beside_the_file(folder: Path, tiny_bundle: Path) -> None:
+    line = {"id": "a", "prompt": "a cat", "init_image": "1.png", "mask_image": "2.png", "strength": 0.9, "seed": 1}
+    run, problems = carry_out(write(folder, line), tiny_bundle)
+    assert (problems, run.summary.done) == ([], 1)
+
+
 def test_a_batch_shows_each_request_its_own_image(folder: Path, tiny_bundle: Path) -> None:
     same_shapes = [{**THREE[0], "id": str(seed), "image": f"{1 + seed % 2}.png", "seed": seed} for seed in range(4)]
     alone, _ = carry_out(write(folder, *same_shapes), tiny_bundle)
