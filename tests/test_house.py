@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "transformers", "diffusers", "onnx", "onnxscript", "accelerate", "safetensors"}
+HEAVY = {"torch", "transformers", "diffusers", "onnx", "onnxscript", "accelerate"}
 # What each folder may import of ours; engines and runtime also keep every heavy framework out.
 ALLOWED = {
     "engines": {"engines"},
