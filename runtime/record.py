@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ipa.runtime.request import Request
 
 def request_record(request: Request) -> dict[str, Any]:
     """A request as JSON values; a picture that came from no file is left out."""
-    record = asdict(replace(request, image=None, init_image=None, mask_image=None, image_prompts=(), controls=()))
+    record = {item.name: getattr(request, item.name) for item in fields(request)}
     for name in ("image", "init_image", "mask_image"):
         picture = getattr(request, name)
         record[name] = str(picture) if isinstance(picture, str | Path) else None
