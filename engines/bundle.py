@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from ipa.engines.engine import Engine, GraphFile
 from ipa.engines.errors import BundleError, RequestError
-from ipa.engines.manifest import FILE_NAME, AdapterRecord, ComponentRecord, FileRecord, Manifest
+from ipa.engines.manifest import FILE_NAME, AdapterRecord, ComponentRecord, ControlNetRecord, FileRecord, Manifest
 from ipa.engines.onnx_file import external_data
 from ipa.engines.registry import Choice, open_engine, resolve_engine
 
@@ -60,13 +60,9 @@ class Bundle:
             _check_size(root, file)
         if verify:
             verify_files(root, files)
-        for name, graph in bundle._graphs():
+        for name, graph in bundle.manifest.graphs().items():
             _check_graph(root, name, graph)
         return bundle
-
-    def _graphs(self) -> list[tuple[str, ComponentRecord]]:
-        adapters = ((f"ip_adapter/{name}", adapter.component) for name, adapter in self.manifest.adapters.items())
-        return [*self.manifest.components.items(), *adapters]
 
     def file(self, record: FileRecord) -> Path:
         """Where a file lies."""
@@ -87,6 +83,21 @@ class Bundle:
             )
         return adapters[name]
 
+    def controlnet(self, name: str) -> ControlNetRecord:
+        """A ControlNet by name.
+
+        Raises:
+            RequestError: lists those that exist.
+        """
+        controlnets = self.manifest.controlnets
+        if name not in controlnets:
+            known = ", ".join(sorted(controlnets)) or "none"
+            raise RequestError(
+                f"{self.root} has no ControlNet '{name}' (it has: {known}); "
+                f"export it again with `ipa-export onnx ... --controlnet {name}=DIR_OR_ID`"
+            )
+        return controlnets[name]
+
     def resolve_engine(self, engine: str) -> Choice:
         """The back-end that a name stands for here. Adapters do not count: engines for them may come later.
 
@@ -99,14 +110,16 @@ class Bundle:
         """A graph as back-ends get it.
 
         Args:
-            name: a component of the spec table, or `ip_adapter/NAME`.
+            name: a component of the spec table, `ip_adapter/NAME` or `controlnet/NAME`.
             engine: whose variant of the graph is wanted, if it has one.
         Raises:
-            BundleError, RequestError: the bundle has no such component or adapter.
+            BundleError, RequestError: the bundle has no such component, adapter or ControlNet.
         """
-        kind, _, adapter = name.partition("/")
+        kind, _, part = name.partition("/")
         if kind == "ip_adapter":
-            record = self.adapter(adapter).component
+            record = self.adapter(part).component
+        elif kind == "controlnet":
+            record = self.controlnet(part).component
         elif name in self.manifest.components:
             record = self.manifest.components[name]
         else:
@@ -118,10 +131,10 @@ class Bundle:
         """Open a graph in a back-end.
 
         Args:
-            name: a component of the spec table, or `ip_adapter/NAME`.
+            name: a component of the spec table, `ip_adapter/NAME` or `controlnet/NAME`.
             engine: one of `ipa.engines.registry.ENGINE_NAMES`.
         Raises:
-            BundleError, RequestError: the bundle has no such component or adapter.
+            BundleError, RequestError: the bundle has no such component, adapter or ControlNet.
             EngineError: the back-end is missing or cannot load the graph.
         """
         chosen = resolve_engine(engine, [self.graph(name)]).name

@@ -22,7 +22,7 @@ class GraphFile:
     """A component on disk, as back-ends get it.
 
     Attributes:
-        component: of the spec table, or `ip_adapter/NAME`.
+        component: of the spec table, `ip_adapter/NAME` or `controlnet/NAME`.
         spec: what the manifest says of inputs and outputs.
         path: of the graph; its external data, if any, lies beside it.
         sha256: over graph and data, by which engine plans are found; empty for a graph outside a bundle.

@@ -66,6 +66,21 @@ class AdapterRecord:
 
 
 @dataclass(frozen=True)
+class ControlNetRecord:
+    """One ControlNet's graph.
+
+    Attributes:
+        source: the folder's name or the Hub id that it was made of.
+        is_global: it says what is in a picture, not where (diffusers' `global_pool_conditions`): its residuals have
+            no place, and it counts for the positive half alone, as in guess mode.
+    """
+
+    component: ComponentRecord
+    source: str
+    is_global: bool = False
+
+
+@dataclass(frozen=True)
 class VaeRecord:
     """How latents and the VAE's own space differ."""
 
@@ -141,11 +156,17 @@ class Manifest:
     loras: tuple[LoraRecord, ...] = ()
     textual_inversions: tuple[TextualInversionRecord, ...] = ()
     clip_skip: int = 0  # layers of the text encoder that were left out, from the last
+    controlnets: Mapping[str, ControlNetRecord] = field(default_factory=dict)
+
+    def graphs(self) -> dict[str, ComponentRecord]:
+        """Every graph by its component's name: those of the spec table, `ip_adapter/NAME` and `controlnet/NAME`."""
+        adapters = {f"ip_adapter/{name}": adapter.component for name, adapter in self.adapters.items()}
+        controlnets = {f"controlnet/{name}": control.component for name, control in self.controlnets.items()}
+        return {**self.components, **adapters, **controlnets}
 
     def files(self) -> tuple[FileRecord, ...]:
         """Every file of the bundle but the manifest itself."""
-        graphs = [*self.components.values(), *(adapter.component for adapter in self.adapters.values())]
-        files = (file for graph in graphs for file in (*graph.files, *graph.variants.values()))
+        files = (file for graph in self.graphs().values() for file in (*graph.files, *graph.variants.values()))
         return (self.tokenizer, self.scheduler, *files)
 
     def with_adapter(self, name: str, adapter: AdapterRecord) -> Manifest:
@@ -212,6 +233,6 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, bool) or not isinstance(value, kind):
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, kind):
         raise ValueError(f"{where} is {value!r}")
     return value

@@ -18,7 +18,7 @@ from ipa.engines.engine import Array, GraphFile, check_finite, check_inputs, che
 from ipa.engines.errors import EngineError, first_line
 from ipa.engines.machine import available_cores
 from ipa.engines.shape_profile import Shape
-from ipa.engines.spec import Axis
+from ipa.engines.spec import axis_size
 
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 _SEVERITY_FATAL = 4  # errors come as exceptions
@@ -161,11 +161,11 @@ class OnnxRuntimeCudaEngine(Closing):
         """Device memory for inputs and outputs of these shapes."""
         outputs = {}
         if self._has_known_outputs:
-            sizes: dict[Axis, int] = {}
+            sizes: dict[str, int] = {}
             for tensor in self.spec.inputs:
-                sizes |= zip(tensor.axes, inputs[tensor.name].shape, strict=True)
+                sizes |= zip(map(str, tensor.axes), inputs[tensor.name].shape, strict=True)
             for tensor in self.spec.outputs:
-                shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in tensor.axes)
+                shape = tuple(axis_size(axis, sizes) for axis in tensor.axes)
                 outputs[tensor.name] = self._tensor(shape, np.dtype(tensor.dtype))
         tensors = {name: self._tensor(array.shape, array.dtype) for name, array in inputs.items()}
         return _Buffers(len(self._buffers) + 1, tensors, outputs, {})
@@ -179,6 +179,9 @@ class OnnxRuntimeCudaEngine(Closing):
 
 
 def _outputs_are_known(graph: GraphFile) -> bool:
-    """Whether every free axis of the outputs is one of the inputs'."""
-    given = {axis for tensor in graph.spec.inputs for axis in tensor.axes}
-    return all(axis in given for tensor in graph.spec.outputs for axis in tensor.axes if isinstance(axis, str))
+    """Whether every free axis of the outputs is one of the inputs', or follows from them."""
+    given = {str(axis): 1 for tensor in graph.spec.inputs for axis in tensor.axes}
+    try:
+        return all(axis_size(axis, given) for tensor in graph.spec.outputs for axis in tensor.axes)
+    except KeyError:
+        return False

@@ -31,7 +31,7 @@ class PlanKey:
     """All that a plan depends on. Another value anywhere means another plan.
 
     Attributes:
-        component: of the spec table, or `ip_adapter/NAME`.
+        component: of the spec table, `ip_adapter/NAME` or `controlnet/NAME`.
         weights: sha256 over the graph and its data.
         precision: dtype of the graph.
         engine: back-end that built it.

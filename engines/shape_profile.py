@@ -85,7 +85,7 @@ class ShapeProfile:
         """Smallest, usual and largest shape of every input that has a free axis.
 
         Args:
-            component: of the spec table, or `ip_adapter/NAME`.
+            component: of the spec table, `ip_adapter/NAME` or `controlnet/NAME`.
             spec: its tensors.
             downscale: pixels per latent.
         """
@@ -105,7 +105,7 @@ class ShapeProfile:
 
     def _axes(self, component: str, downscale: int) -> Mapping[str, Range]:
         is_adapter = component.startswith("ip_adapter/")
-        if component == "unet":  # without guidance there is no negative half
+        if component == "unet" or component.startswith("controlnet/"):  # without guidance there is no negative half
             batch = Range(self.batch.smallest, 2 * self.batch.usual, 2 * self.batch.largest)
         else:
             # Prompts and reference images, negative half first where there is one; the VAE takes picture by picture.

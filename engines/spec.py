@@ -8,7 +8,7 @@ Names are diffusers' names. The negative half of a guidance batch comes first, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 
@@ -78,7 +78,9 @@ _ENCODER_HIDDEN_STATES = TensorSpec("encoder_hidden_states", ("batch", "text_tok
 _TEXT_KV = TensorSpec("text_kv", ("batch", "text_tokens", "kv"))
 _IMAGE_KV = TensorSpec("image_kv", ("batch", "tokens", "kv"))
 _IMAGE_MASK = "image_mask_"
+_DOWN_RESIDUAL, _MID_RESIDUAL = "down_block_res_", "mid_block_res"
 _IMAGE = TensorSpec("image", ("batch", 3, "height", "width"))
+_CONTROLNET_COND = replace(_IMAGE, name="controlnet_cond")
 _IMAGE_EMBEDS = TensorSpec("image_embeds", ("batch", "image_embed_width"))
 _HIDDEN_STATES = TensorSpec("hidden_states", ("batch", "image_patches", "image_hidden_width"))
 # float32 in every precision: float16 has no room for exact sums of sinusoid arguments near 999.
@@ -138,8 +140,12 @@ def image_mask(level: int) -> str:
 
 def positions(level: int, latent_height: int, latent_width: int) -> int:
     """How many positions the layers of a level attend from."""
-    height, width = (-(-size // 2**level) for size in (latent_height, latent_width))
-    return int(height * width)
+    return level_size(latent_height, level) * level_size(latent_width, level)
+
+
+def level_size(latents: int, level: int) -> int:
+    """How many positions a side of the latents has at a level: each one halves it and rounds up."""
+    return -(-latents // (1 << level))
 
 
 def axis_size(axis: Axis, sizes: Mapping[str, int]) -> int:
@@ -147,22 +153,25 @@ def axis_size(axis: Axis, sizes: Mapping[str, int]) -> int:
 
     Args:
         sizes: of free axes. Where it does not name them, a slot's tokens are those of the first, and a mask's
-            positions follow from the latents.
+            positions and the sizes of a level follow from the latents.
     """
-    if isinstance(axis, int):
-        return axis
-    kind, _, number = axis.partition("_")
-    if axis not in sizes and kind == "positions":
+    if isinstance(axis, int) or axis in sizes:
+        return axis if isinstance(axis, int) else sizes[axis]
+    kind, _, number = axis.rpartition("_")
+    if kind == "positions":
         return positions(int(number), sizes["latent_height"], sizes["latent_width"])
-    return sizes[axis if axis in sizes or kind != "tokens" else kind]
+    if kind in ("latent_height", "latent_width"):
+        return level_size(sizes[kind], int(number))
+    return sizes[kind if kind == "tokens" else axis]
 
 
-def unet_spec(slots: ImageSlots, levels: Iterable[int] = ()) -> ComponentSpec:
+def unet_spec(slots: ImageSlots, levels: Iterable[int] = (), residuals: Iterable[TensorSpec] = ()) -> ComponentSpec:
     """The UNet's spec.
 
     Args:
         slots: its room for image prompts.
         levels: resolutions that have cross-attention, as `KVLayout.levels` gives them; masks come for each.
+        residuals: what it takes of ControlNets, see `control_residuals`.
     """
     sample, timestep, text_kv, _ = SPECS["unet"].inputs
     image_kv = (
@@ -173,7 +182,40 @@ def unet_spec(slots: ImageSlots, levels: Iterable[int] = ()) -> ComponentSpec:
         TensorSpec(image_mask(level), ("batch", slots.count, f"positions_{level}"))
         for level in (sorted(set(levels)) if slots.has_masks else ())
     )
-    return ComponentSpec((sample, timestep, text_kv, *image_kv, *masks), SPECS["unet"].outputs)
+    return ComponentSpec((sample, timestep, text_kv, *image_kv, *masks, *residuals), SPECS["unet"].outputs)
+
+
+def control_residuals(channels: Sequence[int], layers: Sequence[int]) -> tuple[TensorSpec, ...]:
+    """What a ControlNet adds to the skip connections of a UNet and to its middle: the last one.
+
+    Args:
+        channels, layers: of each block on the way down: `block_out_channels` and `layers_per_block`.
+    """
+    shapes = [(channels[0], 0)]  # of `conv_in`
+    for level, (width, count) in enumerate(zip(channels, layers, strict=True)):
+        shapes += [(width, level)] * count
+        shapes += [(width, level + 1)] if level + 1 < len(channels) else []
+    names = (*(f"{_DOWN_RESIDUAL}{index}" for index in range(len(shapes))), _MID_RESIDUAL)
+    shapes.append((channels[-1], len(channels) - 1))
+    return tuple(
+        TensorSpec(name, ("batch", width, *_level_axes(level)))
+        for name, (width, level) in zip(names, shapes, strict=True)
+    )
+
+
+def residuals_of(unet: ComponentSpec) -> tuple[TensorSpec, ...]:
+    """The inputs of an exported UNet that ControlNets fill; none where it was exported without."""
+    return tuple(tensor for tensor in unet.inputs if tensor.name.startswith((_DOWN_RESIDUAL, _MID_RESIDUAL)))
+
+
+def controlnet_spec(residuals: Iterable[TensorSpec]) -> ComponentSpec:
+    """The spec of a ControlNet's graph: unscaled residuals from latents, text and a control image of 0 to 1."""
+    return ComponentSpec((_latents("sample"), _TIMESTEP, _ENCODER_HIDDEN_STATES, _CONTROLNET_COND), tuple(residuals))
+
+
+def _level_axes(level: int) -> tuple[Axis, Axis]:
+    """Height and width of a level's feature maps."""
+    return ("latent_height", "latent_width") if level == 0 else (f"latent_height_{level}", f"latent_width_{level}")
 
 
 # One adapter graph per image feature: `image_embeds` for base adapters, `hidden_states` for plus and full-face.

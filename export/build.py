@@ -15,10 +15,11 @@ from torch import nn
 
 from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.errors import BundleError, IpaError
-from ipa.engines.manifest import FILE_NAME, AdapterRecord, ComponentRecord, FileRecord, Manifest
+from ipa.engines.manifest import FILE_NAME, AdapterRecord, ComponentRecord, ControlNetRecord, FileRecord, Manifest
 from ipa.engines.spec import COMPONENTS, ONE_SLOT, ImageSlots
 from ipa.export.adapters import AdapterFile, AdapterWeights, adapter_graph, read_adapter
 from ipa.export.changes import BaseChanges
+from ipa.export.controlnets import ControlNetSource, read_controlnets
 from ipa.export.dimensions import base_dimensions, manifest_dimensions
 from ipa.export.graphs import component_modules, typed_graph
 from ipa.export.hoist import config_kv_layout
@@ -35,6 +36,7 @@ FAMILY = "sd15"
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 ADAPTER_FOLDER = "ip_adapter"
+CONTROLNET_FOLDER = "controlnet"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class ExportRequest:
     force: bool = False
     merged: MergedOptions | None = None
     slots: ImageSlots = ONE_SLOT
+    controlnets: tuple[ControlNetSource, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)  # fields of `Defaults` that differ
     changes: BaseChanges = field(default_factory=BaseChanges)
 
@@ -76,6 +79,11 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
         raise IpaError("--merged puts an adapter into the graph; pass one with --adapter")
     if request.merged and request.slots != ONE_SLOT:
         raise IpaError("--merged has room for one adapter; leave out --image-slots and --masks")
+    if request.merged and request.controlnets:
+        raise IpaError("--merged has no room for ControlNets; leave out --controlnet")
+    channels, downscale = dimensions.latent_channels, base.vae_record.downscale
+    controlnets = read_controlnets(request.controlnets, base.unet_config, channels, downscale)
+    residuals = controlnets[0].residuals if controlnets else ()
 
     defaults = replace(base.defaults, **request.defaults)
     usual_sizes = guidance_pair_sizes(defaults.height, defaults.width, base.vae_record.downscale)
@@ -90,7 +98,7 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
 
         components: dict[str, ComponentRecord] = {}
         text_kv: nn.Module | None = None
-        for name, module in component_modules(base, request.slots):
+        for name, module in component_modules(base, request.slots, residuals):
             graph = typed_graph(name, module, dimensions, request.dtype)
             components[name] = add(graph, name)
             if name == "text_kv":
@@ -120,6 +128,15 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
             graph = adapter_graph(name, adapter, dimensions, request.dtype)
             folder = f"{ADAPTER_FOLDER}/{name}"
             manifest = manifest.with_adapter(name, _adapter_record(adapter, add(graph, folder)))
+        records = {
+            control.name: ControlNetRecord(
+                add(control.graph(dimensions, request.dtype), f"{CONTROLNET_FOLDER}/{control.name}"),
+                control.origin,
+                control.is_global,
+            )
+            for control in controlnets
+        }
+        manifest = replace(manifest, controlnets=records)
         write_whole(root / FILE_NAME, manifest.to_json())
     return manifest
 
@@ -223,6 +240,7 @@ def _refuse_overwriting_sources(request: ExportRequest) -> None:
         request.base,
         request.image_encoder or request.base,
         *(file.path for file in request.adapters),
+        *(source.location for source in request.controlnets),
         *request.changes.paths,
     ]
     for source in map(Path, sources):

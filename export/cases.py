@@ -17,7 +17,7 @@ _TIMESTEPS = (0, 999, 500, 1)
 # How far real inputs go, as a factor on unit variance: latents of a VAE whose scaling factor is 0.18 have a deviation
 # of 5; CLIP's hidden states have outliers of about 30.
 _EXTREMES = {"latents": 8.0, "encoder_hidden_states": 10.0, "image_embeds": 10.0, "hidden_states": 10.0, "sample": 8.0}
-_PICTURES = ("image", "pixel_values")
+_PICTURES = {"image": -1.0, "pixel_values": -1.0, "controlnet_cond": 0.0}  # what black is; white is 1
 
 
 def cases(
@@ -64,7 +64,7 @@ def _draw(
     if tensor.dtype == "int64":
         return random.integers(0, vocabulary, shape)
     if tensor.name in _PICTURES:
-        return random.uniform(-1, 1, shape).astype(tensor.dtype)
+        return random.uniform(_PICTURES[tensor.name], 1, shape).astype(tensor.dtype)
     return random.standard_normal(shape).astype(tensor.dtype)
 
 
@@ -80,8 +80,10 @@ def _extremes(inputs: Mapping[str, Array], vocabulary: int) -> dict[str, dict[st
             found["last token only"] = {name: np.full_like(array, vocabulary - 1)}
         elif name in _PICTURES:
             halves = np.ones_like(array)
-            halves[..., : array.shape[-1] // 2] = -1
+            halves[..., : array.shape[-1] // 2] = _PICTURES[name]
             found["black and white halves"] = {name: halves}
+        elif name == "encoder_hidden_states" and "controlnet_cond" in inputs:
+            continue  # its attention is inside: ten times the text is ten times the scores, and half's rounding of them
         elif name in _EXTREMES:
             found[f"{name} x {_EXTREMES[name]:g}"] = {name: (array * _EXTREMES[name]).astype(array.dtype)}
         if name == "image_embeds":  # the negative half of a guidance batch, for a base adapter
@@ -90,10 +92,12 @@ def _extremes(inputs: Mapping[str, Array], vocabulary: int) -> dict[str, dict[st
 
 
 def step_inputs(manifest: Manifest, sizes: Sequence[Size] = SIZES) -> Iterator[tuple[str, dict[str, Array]]]:
-    """Named inputs of a whole step: latents, timestep, text and both image features."""
-    tensors = {tensor.name: tensor for record in manifest.components.values() for tensor in record.spec.inputs}
+    """Named inputs of a whole step: latents, timestep, text, both image features and, for ControlNets, a picture."""
+    components = (*(record.component for record in manifest.controlnets.values()), *manifest.components.values())
+    tensors = {tensor.name: tensor for record in components for tensor in record.spec.inputs}
     tensors |= {tensor.name: tensor for tensor in manifest.components["image_encoder"].spec.outputs}
-    names = ("sample", "timestep", "encoder_hidden_states", *ADAPTER_FEATURES)
+    names = ["sample", "timestep", "encoder_hidden_states", *ADAPTER_FEATURES]
+    names += ["controlnet_cond"] if manifest.controlnets else []
     for seed, size in enumerate(sizes):
         batch, _, height, width = size
         axes = free_axes(size, manifest.vae.downscale)

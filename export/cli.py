@@ -71,6 +71,13 @@ def _finite(context: click.Context, option: click.Parameter, value: float | None
     help="Adapters that one request can use; with masks, images.",
 )
 @click.option("--masks", "has_masks", is_flag=True, help="Let a request say where in the picture an image counts.")
+@click.option(
+    "--controlnet",
+    "controlnets",
+    multiple=True,
+    metavar="[NAME=]DIR_OR_ID",
+    help="ControlNet in diffusers format for this base model; may be repeated.",
+)
 @click.option("--merged", type=_FILE, metavar="FILE", help="Also write one ONNX step graph with the adapter inside.")
 @click.option(
     "--merged-scale", type=float, default=1.0, show_default=True, callback=_finite, help="IP-Adapter scale fixed in it."
@@ -90,6 +97,7 @@ def onnx(
     opset: int,
     image_slots: int,
     has_masks: bool,
+    controlnets: tuple[str, ...],
     merged: Path | None,
     merged_scale: float,
     default_steps: int | None,
@@ -107,6 +115,7 @@ def onnx(
     quiet_libraries()
     from ipa.export.adapters import AdapterFile
     from ipa.export.build import ExportRequest, export_bundle
+    from ipa.export.controlnets import ControlNetSource
     from ipa.export.merged import MergedOptions
     from ipa.export.progress import progress
 
@@ -124,14 +133,16 @@ def onnx(
         opset=opset,
         force=force,
         slots=ImageSlots(image_slots, has_masks),
+        controlnets=tuple(map(ControlNetSource.parse, controlnets)),
         merged=MergedOptions(merged, merged_scale) if merged else None,
         defaults={name: value for name, value in defaults.items() if value is not None},
         changes=parse_changes(**changes),
     )
-    with progress("export", total=6 + len(adapters) + (merged is not None)) as show:
+    with progress("export", total=6 + len(adapters) + len(controlnets) + (merged is not None)) as show:
         manifest = export_bundle(request, show)
     size = sum(file.size for file in manifest.files()) / 2**20
-    click.echo(f"{output}: {size:.1f} MiB, adapters: {', '.join(manifest.adapters) or 'none'}")
+    controls = f", ControlNets: {', '.join(manifest.controlnets)}" if manifest.controlnets else ""
+    click.echo(f"{output}: {size:.1f} MiB, adapters: {', '.join(manifest.adapters) or 'none'}{controls}")
 
 
 @main.command()
@@ -159,11 +170,20 @@ def adapter(bundle: Path, adapter: str, opset: int, is_default: bool, force: boo
 @click.option("--bundle", required=True, type=_FOLDER, metavar="BUNDLE", help="Bundle to validate.")
 @click.option("--base", required=True, metavar="DIR_OR_ID_OR_FILE", help="Pipeline or checkpoint it was made of.")
 @click.option("--adapter", "adapters", multiple=True, metavar="[NAME=]FILE", help="Adapter that is in it.")
+@click.option(
+    "--controlnet", "controlnets", multiple=True, metavar="[NAME=]DIR_OR_ID", help="ControlNet that is in it."
+)
 @click.option("--image-encoder", metavar="DIR_OR_ID", help="CLIP vision model; default: the pipeline's own.")
 @base_files
 @click.option("--engine", default="onnxruntime", show_default=True, metavar="NAME", help="Back-end to compare.")
 def validate(
-    bundle: Path, base: str, adapters: tuple[str, ...], image_encoder: str | None, engine: str, **changes: Any
+    bundle: Path,
+    base: str,
+    adapters: tuple[str, ...],
+    controlnets: tuple[str, ...],
+    image_encoder: str | None,
+    engine: str,
+    **changes: Any,
 ) -> None:
     """Compare every component, the whole step and a whole run with PyTorch.
 
@@ -177,12 +197,14 @@ def validate(
 
     quiet_libraries()
     from ipa.export.adapters import AdapterFile
+    from ipa.export.controlnets import ControlNetSource
     from ipa.export.progress import progress
     from ipa.export.validate import REFERENCE_ENGINE, Validator, record
 
     files = tuple(map(AdapterFile.parse, adapters))
-    validator = Validator(bundle, base, image_encoder, files, engine, parse_changes(**changes))
-    with progress("validate", total=8 + len(adapters)) as show:
+    controls = tuple(map(ControlNetSource.parse, controlnets))
+    validator = Validator(bundle, base, image_encoder, files, engine, parse_changes(**changes), controls)
+    with progress("validate", total=8 + len(adapters) + len(controls)) as show:
         checks = list(validator.run(show))
     for check in checks:
         click.echo(check)

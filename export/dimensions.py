@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipa.engines.manifest import Manifest
-from ipa.engines.spec import SPECS, Dimensions, ImageSlots, KVLayout, unet_spec
+from ipa.engines.spec import SPECS, Dimensions, ImageSlots, KVLayout, residuals_of, unet_spec
 from ipa.export.pipeline import BasePipeline
 
 
@@ -28,7 +28,9 @@ def manifest_dimensions(manifest: Manifest) -> Dimensions:
     sizes: dict[str, int] = {}
     for name, record in manifest.components.items():
         actual = record.spec
-        generic = unet_spec(ImageSlots.of(actual), manifest.kv_layout.levels) if name == "unet" else SPECS[name]
+        generic = SPECS[name]
+        if name == "unet":
+            generic = unet_spec(ImageSlots.of(actual), manifest.kv_layout.levels, residuals_of(actual))
         pairs = zip((*generic.inputs, *generic.outputs), (*actual.inputs, *actual.outputs), strict=True)
         for named, sized in pairs:
             for axis, size in zip(named.axes, sized.axes, strict=True):

@@ -81,9 +81,7 @@ class EngineBuilds:
 
     def components(self) -> dict[str, ComponentRecord]:
         """Everything of the bundle that becomes an engine."""
-        manifest = self._bundle.manifest
-        adapters = {f"ip_adapter/{name}": record.component for name, record in manifest.adapters.items()}
-        return {**manifest.components, **adapters}
+        return self._bundle.manifest.graphs()
 
     def key(self, component: str, record: ComponentRecord) -> PlanKey:
         """What the plan of a component depends on."""

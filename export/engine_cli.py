@@ -26,6 +26,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 )
 @click.option("--adapter", "adapters", multiple=True, metavar="[NAME=]FILE", help="With --base: IP-Adapter file.")
 @click.option("--image-encoder", metavar="DIR_OR_ID", help="With --base: CLIP vision model.")
+@click.option("--controlnet", "controlnets", multiple=True, metavar="[NAME=]DIR_OR_ID", help="With --base: ControlNet.")
 @base_changes
 @click.option("--output", type=_FOLDER, metavar="BUNDLE", help="With --base: bundle to write.")
 @click.option("--engine", type=click.Choice(["tensorrt", "tensorrt-rtx"]), required=True, help="Library to build with.")
@@ -64,6 +65,7 @@ def build_engines(
     base: str | None,
     adapters: tuple[str, ...],
     image_encoder: str | None,
+    controlnets: tuple[str, ...],
     output: Path | None,
     engine: str,
     resolutions: tuple[str, ...],
@@ -85,7 +87,8 @@ def build_engines(
     from ipa.engines.shape_profile import ShapeProfile
     from ipa.export.engine_builds import EngineBuilds, target
 
-    root = _source(bundle, base, output, {"adapters": adapters, "image_encoder": image_encoder, **changes})
+    model = {"adapters": adapters, "image_encoder": image_encoder, "controlnets": controlnets, **changes}
+    root = _source(bundle, base, output, model)
     wanted = tuple(part.strip() for part in capabilities.split(",")) if capabilities else ()
     ShapeProfile.parse(resolutions or ["512x512"], batch, image_tokens)  # before the minutes that an export takes
     target(engine, wanted)
@@ -98,6 +101,7 @@ def build_engines(
             base=base,
             adapters=adapters,
             image_encoder=image_encoder,
+            controlnets=controlnets,
             output=root,
             dtype="fp16",
             force=force,

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ipa.engines.spec import SPECS, Dimensions, ImageSlots, unet_spec
+from ipa.engines.spec import SPECS, Dimensions, ImageSlots, TensorSpec, unet_spec
 from ipa.export.attention import SpatialAttention
 from ipa.export.hoist import HoistedUNet, text_kv_linear
 from ipa.export.onnx_export import Graph
@@ -67,18 +67,21 @@ class VaeEncoder(nn.Module):
         return mean, logvar.clamp(-30.0, 20.0)
 
 
-def component_modules(base: BasePipeline, slots: ImageSlots) -> Iterator[tuple[str, nn.Module]]:
+def component_modules(
+    base: BasePipeline, slots: ImageSlots, residuals: tuple[TensorSpec, ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
     """Modules of all components in FP32, in the order of `ipa.engines.spec.COMPONENTS`, one part loaded at a time.
 
     Use each before asking for the next: `unet` takes over the model that `text_kv` was read from.
 
     Args:
         slots: the UNet's room for image prompts.
+        residuals: what the UNet takes of ControlNets.
     """
     yield "text_encoder", TextEncoder(_plain_attention(base.load_text_encoder()))
     unet = base.load_unet()
     yield "text_kv", text_kv_linear(unet)
-    yield "unet", HoistedUNet(unet, slots)
+    yield "unet", HoistedUNet(unet, slots, residuals)
     del unet
     yield "image_encoder", ImageEncoder(_plain_attention(base.load_image_encoder()))
     vae = base.load_vae()
@@ -99,6 +102,8 @@ def typed_graph(name: str, module: nn.Module, dimensions: Dimensions, dtype: str
     Args:
         dtype: `float32` or `float16`; the latter converts `module` in place.
     """
-    generic = unet_spec(module.slots, module.layout.levels) if isinstance(module, HoistedUNet) else SPECS[name]
+    generic = SPECS[name]
+    if isinstance(module, HoistedUNet):
+        generic = unet_spec(module.slots, module.layout.levels, module.residuals)
     spec = generic.resolved(dimensions.sizes(), dtype)
     return Graph(name, to_half(module) if dtype == "float16" else module, spec)

@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ipa.engines.errors import IpaError
-from ipa.engines.spec import ONE_SLOT, ImageSlots, KVLayer, KVLayout
+from ipa.engines.spec import ONE_SLOT, ImageSlots, KVLayer, KVLayout, TensorSpec
 from ipa.export.attention import attend
 
 KeysValues = tuple[Tensor, ...]  # K_0, V_0, K_1, V_1, ... each (batch, tokens, width)
@@ -129,13 +129,19 @@ class HoistedAttention:
 class HoistedUNet(nn.Module):
     """The UNet as it is exported: latents and packed keys and values in, predicted noise out."""
 
-    def __init__(self, unet: UNet2DConditionModel, slots: ImageSlots = ONE_SLOT) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, slots: ImageSlots = ONE_SLOT, residuals: tuple[TensorSpec, ...] = ()
+    ) -> None:
         """Take over `unet`: its attention processors are replaced and its cross-attention `to_k`/`to_v` dropped.
 
         Call `text_kv_linear` first.
+
+        Args:
+            slots: its room for image prompts.
+            residuals: what it takes of ControlNets; none: it has no inputs for them.
         """
         super().__init__()
-        self.layout, self.slots = kv_layout(unet), slots
+        self.layout, self.slots, self.residuals = kv_layout(unet), slots, residuals
         levels = self.layout.levels
         self.mask_levels = sorted(set(levels)) if slots.has_masks else []
         for module in unet.modules():
@@ -150,12 +156,16 @@ class HoistedUNet(nn.Module):
         """Predict the noise; see `ipa.engines.spec.unet_spec` for shapes.
 
         Args:
-            images: `image_kv` of each slot, then the masks of each level.
+            images: `image_kv` of each slot, then the masks of each level, then the residuals of ControlNets.
         """
-        masks = images[self.slots.count :]
+        first_residual = self.slots.count + len(self.mask_levels)
+        masks, residuals = images[self.slots.count : first_residual], images[first_residual:]
         conditions = Conditions(
             split_kv(text_kv, self.layout),
             tuple(split_kv(image_kv, self.layout) for image_kv in images[: self.slots.count]),
             dict(zip(self.mask_levels, masks, strict=True)),
         )
-        return cast(Tensor, self.unet(sample, timestep, conditions, return_dict=False)[0])
+        added: dict[str, Any] = {}
+        if residuals:
+            added = {"down_block_additional_residuals": residuals[:-1], "mid_block_additional_residual": residuals[-1]}
+        return cast(Tensor, self.unet(sample, timestep, conditions, return_dict=False, **added)[0])

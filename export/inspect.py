@@ -41,6 +41,9 @@ def _lines(bundle: Bundle) -> Iterator[str]:
             f"(negative half: {adapter.negative})"
         )
         yield f"    made of {adapter.source_sha256[:16]}{', default' if is_default else ''}"
+    for name, control in manifest.controlnets.items():
+        yield from _component(f"controlnet/{name}", control.component)
+        yield f"    made of {control.source}{', global: for the positive half alone' if control.is_global else ''}"
     if not manifest.adapters:
         yield "no adapters; add one with `ipa-export adapter`"
     yield ""

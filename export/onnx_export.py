@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,14 @@ _ONNX_DTYPES = {
 # Sizes of the free axes in the example inputs. No multiple of 8 among the latent sizes: diffusers asks for that
 # in Python, and only the other branch is right for every size.
 # Small, because a float16 model is traced on the CPU, which has slow kernels for it.
-_EXAMPLE_SIZES = {"batch": 2, "tokens": 5, "latent_height": 12, "latent_width": 20, "height": 32, "width": 48}
+EXAMPLE_SIZES: Mapping[str, int] = {
+    "batch": 2,
+    "tokens": 5,
+    "latent_height": 12,
+    "latent_width": 20,
+    "height": 32,
+    "width": 48,
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Graph:
     name: str  # for messages
     module: nn.Module
     spec: ComponentSpec
+    sizes: Mapping[str, int] = field(default_factory=dict)  # in place of some of `EXAMPLE_SIZES`
 
 
 def export_graph(graph: Graph, path: Path, opset: int, standard: bool = False) -> tuple[Path, ...]:
@@ -84,9 +93,9 @@ def export_graph(graph: Graph, path: Path, opset: int, standard: bool = False) -
     return (path, data)
 
 
-def example(tensor: TensorSpec) -> Tensor:
+def example(tensor: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
     """An input to trace with."""
-    shape = [axis_size(axis, _EXAMPLE_SIZES) for axis in tensor.axes]
+    shape = [axis_size(axis, {**EXAMPLE_SIZES, **sizes}) for axis in tensor.axes]
     return torch.ones(shape, dtype=_TORCH_DTYPES[tensor.dtype])
 
 
@@ -104,7 +113,7 @@ def _trace(graph: Graph, folder: Path, opset: int) -> Any:
         try:
             torch.onnx.export(
                 graph.module.eval(),
-                tuple(map(example, graph.spec.inputs)),
+                tuple(example(tensor, graph.sizes) for tensor in graph.spec.inputs),
                 os.fspath(file),  # a `Path` is taken for a buffer, which ends at 2 GiB
                 dynamo=False,
                 opset_version=opset,

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from torch import Tensor, nn
 
 from ipa.engines.engine import Array
+from ipa.engines.spec import TensorSpec, axis_size
 from ipa.export.adapters import AdapterWeights
 from ipa.export.hoist import cross_attentions
 from ipa.export.oracle_projections import diffusers_projection
+
+
+class DiffusersControlNet(nn.Module):
+    """The ControlNet as diffusers computes it, with residuals that have no place spread over the map."""
+
+    def __init__(self, model: Any, residuals: Sequence[TensorSpec]) -> None:
+        """Take over an unchanged `ControlNetModel`; `residuals` as the bundle has them."""
+        super().__init__()
+        self.model, self._residuals = model, residuals
+
+    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, picture: Tensor) -> tuple[Tensor, ...]:
+        """The residuals, that of the middle last."""
+        down, mid = self.model(sample, timestep, text, picture, return_dict=False)
+        sizes = {"batch": sample.shape[0], "latent_height": sample.shape[2], "latent_width": sample.shape[3]}
+        shapes = ([axis_size(axis, sizes) for axis in tensor.axes] for tensor in self._residuals)
+        return tuple(residual.expand(shape) for residual, shape in zip((*down, mid), shapes, strict=True))
+
+
+Control = tuple[DiffusersControlNet, float]
 
 
 class DiffusersStep:
@@ -43,12 +64,14 @@ class DiffusersStep:
             processor.requires_grad_(False)
             attention.set_processor(processor)
 
-    def __call__(self, inputs: Mapping[str, Array], scale: float) -> Array:
+    def __call__(self, inputs: Mapping[str, Array], scale: float, control: Control | None = None) -> Array:
         """Predicted noise, float32.
 
         Args:
-            inputs: `sample`, `timestep`, `encoder_hidden_states` and the image feature that the adapter reads.
+            inputs: `sample`, `timestep`, `encoder_hidden_states` and the image feature that the adapter reads; for a
+                ControlNet `controlnet_cond`.
             scale: `ip_adapter_scale`.
+            control: a ControlNet and its `controlnet_conditioning_scale`.
         """
         sample, timestep, text = (
             torch.from_numpy(inputs[name].astype(np.float32))
@@ -60,6 +83,13 @@ class DiffusersStep:
             condition = (text, [tokens[:, None]])  # (batch, images, tokens, width)
             for attention in cross_attentions(self._unet).values():
                 attention.processor.scale = [scale]
+        added: dict[str, Any] = {}
         with torch.no_grad():
-            noise_pred: Array = self._unet(sample, timestep, condition, return_dict=False)[0].numpy()
+            if control is not None:
+                controlnet, weight = control
+                picture = torch.from_numpy(inputs["controlnet_cond"].astype(np.float32))
+                latents = sample[:, : controlnet.model.config.in_channels]  # an inpainting model takes more
+                *down, mid = (weight * residual for residual in controlnet(latents, timestep, text, picture))
+                added = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+            noise_pred: Array = self._unet(sample, timestep, condition, return_dict=False, **added)[0].numpy()
         return noise_pred

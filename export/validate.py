@@ -17,15 +17,17 @@ from ipa.engines.errors import EngineError, IpaError
 from ipa.engines.manifest import Manifest
 from ipa.engines.packed_kv import image_inputs, scale_values
 from ipa.engines.registry import backend_named, open_engine
-from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, axis_size
+from ipa.engines.residuals import no_residuals
+from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, axis_size, residuals_of
 from ipa.engines.tensorrt_library import MODULES
 from ipa.export.adapters import AdapterFile, AdapterWeights, read_adapter
 from ipa.export.cases import SIZES, Size, cases, free_axes, step_inputs
 from ipa.export.changes import BaseChanges, check_source, repeated
 from ipa.export.checks import TOLERANCES, Check, agreement, change, failure, median, picture, worst
+from ipa.export.controlnets import ControlNet, ControlNetSource, read_controlnets
 from ipa.export.dimensions import manifest_dimensions
 from ipa.export.graphs import component_modules
-from ipa.export.oracle import DiffusersStep
+from ipa.export.oracle import DiffusersControlNet, DiffusersStep
 from ipa.export.pipeline import BasePipeline
 from ipa.export.progress import Progress, silent
 from ipa.export.publish import locked_bundle, update_manifest
@@ -48,14 +50,16 @@ class Validator:
         adapters: Sequence[AdapterFile],
         engine: str = REFERENCE_ENGINE,
         changes: BaseChanges | None = None,
+        controlnets: Sequence[ControlNetSource] = (),
     ) -> None:
         """Open the bundle and read the adapter files.
 
         Args:
             engine: back-end to compare, one of `ipa.engines.registry.ENGINE_NAMES`.
             changes: the files that the bundle says it was made with.
+            controlnets: that are in the bundle.
         Raises:
-            IpaError: the bundle is damaged, or base model or adapters are not the kind of the bundle's.
+            IpaError: the bundle is damaged, or base model, adapters or ControlNets are not the kind of the bundle's.
         """
         self.bundle = Bundle.open(root)
         self.engine = self.bundle.resolve_engine(engine).name
@@ -68,6 +72,10 @@ class Validator:
             _bundle_name(self.bundle, file): read_adapter(file.path, manifest.kv_layout, dimensions)
             for file in adapters
         }
+        for source in controlnets:
+            self.bundle.controlnet(source.name)
+        channels, downscale = dimensions.latent_channels, manifest.vae.downscale
+        self._controlnets = read_controlnets(controlnets, self.base.unet_config, channels, downscale)
         self._vocabulary = int(self.base.text_config["vocab_size"])
         self._sizes, self._largest = self._usable_sizes()
 
@@ -86,12 +94,12 @@ class Validator:
 
     def run(self, progress: Progress = silent) -> Iterator[Check]:
         """All checks: every component, then the whole step."""
-        manifest = self.bundle.manifest
-        for name, module in component_modules(self.base, ImageSlots.of(manifest.components["unet"].spec)):
+        graphs = self.bundle.manifest.graphs()
+        for name, module in self._modules():
             progress(name)
             with self.bundle.open_component(name, self.engine) as engine:
                 yield self._component(name, engine, module)
-            if self.engine in manifest.components[name].variants:  # the graph that all others run
+            if self.engine in graphs[name].variants:  # the graph that all others run
                 with open_engine(self.engine, self.bundle.graph(name)) as engine:
                     yield self._component(f"{name}, model.onnx", engine, module)
         for name, weights in self._adapters.items():
@@ -102,6 +110,13 @@ class Validator:
         yield from self._steps()
         progress("run")
         yield from self._runs()
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """What the graphs are compared with, one part loaded at a time."""
+        unet = self.bundle.manifest.components["unet"].spec
+        yield from component_modules(self.base, ImageSlots.of(unet), residuals_of(unet))
+        for control in self._controlnets:
+            yield f"controlnet/{control.name}", DiffusersControlNet(control.load(), control.residuals)
 
     def _tolerance(self, engine: Engine) -> float:
         """What the coarser of stored weights and arithmetic allows."""
@@ -145,6 +160,28 @@ class Validator:
                         yield from self._adapter_steps(name, weights, chain, adapter)
                     except EngineError as error:
                         yield failure(f"step, {name}", str(error), tolerance)
+            for control in self._controlnets:
+                with self.bundle.open_component(f"controlnet/{control.name}", self.engine) as controlnet:
+                    try:
+                        yield from self._control_steps(control, base_model, chain, controlnet)
+                    except EngineError as error:
+                        yield failure(f"step, controlnet/{control.name}", str(error), tolerance)
+
+    def _control_steps(
+        self, control: ControlNet, base_model: DiffusersStep, chain: Chain, controlnet: Engine
+    ) -> Iterator[Check]:
+        name, tolerance = f"step, controlnet/{control.name}", self._tolerance(chain.unet)
+        model = DiffusersControlNet(control.load(), control.residuals)
+        checks = []
+        for case, inputs in step_inputs(self.bundle.manifest, self._sizes):
+            for scale in _SCALES:
+                found = chain(inputs, control=(controlnet, scale))
+                expected = base_model(inputs, 0.0, (model, scale))
+                checks.append(agreement(name, f"{case}, scale {scale}", {"": found}, {"": expected}, tolerance))
+        yield (largest := worst(checks))
+        _, inputs = next(step_inputs(self.bundle.manifest, self._sizes))
+        output, other = chain(inputs, control=(controlnet, 1.0)), chain(inputs)
+        yield change(f"{name}, moves with scale", output, other, largest.relative_error)
 
     def _adapter_steps(self, name: str, weights: AdapterWeights, chain: Chain, adapter: Engine) -> Iterator[Check]:
         tolerance = self._tolerance(chain.unet)
@@ -208,7 +245,13 @@ class Chain:
         self.text_kv = bundle.open_component("text_kv", engine)
         self.unet = bundle.open_component("unet", engine)
 
-    def __call__(self, inputs: Mapping[str, Array], adapter: Engine | None = None, scale: float = 0.0) -> Array:
+    def __call__(
+        self,
+        inputs: Mapping[str, Array],
+        adapter: Engine | None = None,
+        scale: float = 0.0,
+        control: tuple[Engine, float] | None = None,
+    ) -> Array:
         sample = inputs["sample"]
         text_kv = self.text_kv(encoder_hidden_states=inputs["encoder_hidden_states"])["text_kv"]
         prompts = []
@@ -218,8 +261,18 @@ class Chain:
             prompts.append(scale_values(image_kv, self._layout, scale))
         batch, _, height, width = sample.shape
         images = image_inputs(self.unet.spec, self._layout, (batch, height, width), prompts)
-        step = self.unet(sample=sample, timestep=inputs["timestep"], text_kv=text_kv, **images)
+        residuals = no_residuals(self.unet.spec, batch, height, width)
+        if control is not None:
+            residuals = _residuals(*control, inputs)
+        step = self.unet(sample=sample, timestep=inputs["timestep"], text_kv=text_kv, **images, **residuals)
         return step["noise_pred"]
+
+
+def _residuals(controlnet: Engine, scale: float, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Scaled ones, in their own dtype."""
+    given = {tensor.name: inputs[tensor.name] for tensor in controlnet.spec.inputs}
+    given["sample"] = given["sample"][:, : controlnet.spec.inputs[0].axes[1]]  # an inpainting model takes more
+    return {name: array * array.dtype.type(scale) for name, array in controlnet(**given).items()}
 
 
 def _shapes(spec: ComponentSpec, size: Size) -> dict[str, tuple[int, ...]]:

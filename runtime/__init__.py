@@ -5,14 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ipa.runtime.control_image import ControlImage as ControlImage
     from ipa.runtime.image_prompt import ImagePrompt as ImagePrompt
     from ipa.runtime.pipeline import Pipeline as Pipeline
     from ipa.runtime.pipeline import Result as Result
     from ipa.runtime.request import Request as Request
 
-__all__ = ["ImagePrompt", "Pipeline", "Request", "Result"]
+__all__ = ["ControlImage", "ImagePrompt", "Pipeline", "Request", "Result"]
 
-_HOMES = {"Pipeline": "pipeline", "Result": "pipeline", "Request": "request", "ImagePrompt": "image_prompt"}
+_HOMES = {
+    "ControlImage": "control_image",
+    "ImagePrompt": "image_prompt",
+    "Pipeline": "pipeline",
+    "Request": "request",
+    "Result": "pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -40,6 +40,11 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.option("--init-image", metavar="FILE", help="The picture to start from: image to image.")
 @click.option("--mask-image", metavar="FILE", help="Where it is made anew: white. Inpainting.")
 @click.option("--strength", type=float, metavar="F", help="How far from it, above 0 up to 1.  [default: 0.8; mask: 1]")
+@click.option("--control-image", multiple=True, metavar="[NAME=]FILE", help="What a ControlNet is to follow.")
+@click.option("--controlnet-scale", multiple=True, metavar="[NAME=]S", help="Weight of a ControlNet.  [default: 1]")
+@click.option("--control-start", multiple=True, metavar="[NAME=]F", help="From this share of the steps on, 0 to 1.")
+@click.option("--control-end", multiple=True, metavar="[NAME=]F", help="Up to this share of the steps.")
+@click.option("--guess-mode", is_flag=True, default=None, help="ControlNets count beyond what the prompt says.")
 @click.option("--guidance-scale", type=float, metavar="G", help="Classifier-free guidance; 1 switches it off.")
 @click.option("--guidance-rescale", type=float, metavar="R", help="0 to 1, against glare at large G.  [default: 0]")
 @click.option("--steps", "num_inference_steps", type=int, metavar="N", help="Denoising steps.")
@@ -79,10 +84,12 @@ def run(
 
     The paths of the pictures go to standard output, progress and warnings to standard error.
     """
+    from ipa.runtime.control_options import CONTROL_OPTIONS, control_fields
     from ipa.runtime.image_options import OPTIONS, image_fields
     from ipa.runtime.job import Job
 
     images = image_fields({name: fields.pop(name) for name in OPTIONS})
+    images |= control_fields({name: fields.pop(name) for name in CONTROL_OPTIONS})
     given = {name: value for name, value in fields.items() if value is not None} | images
     if requests is not None or batch is not None:
         if requests is None or source is not None or timings or save_image_embeds is not None:

@@ -14,6 +14,7 @@ from ipa.runtime.beginning import Beginning
 from ipa.runtime.schedulers import Schedule
 
 Array = NDArray[Any]
+Conditions = Callable[[int, NDArray[np.float32], float], Mapping[str, Array]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def denoise(
     unet: Engine,
     schedule: Schedule,
     begin: Beginning,
-    conditions: Callable[[int], Mapping[str, Array]],
+    conditions: Conditions,
     guidance: Guidance | None,
 ) -> Iterator[Step]:
     """Denoise step by step.
@@ -71,7 +72,8 @@ def denoise(
         unet: opened engine of the component `unet`.
         schedule: timesteps and arithmetic.
         begin: latents to start from, and what stays of a picture.
-        conditions: the UNet's other inputs at a step; with guidance of twice the latents' batch, negatives first.
+        conditions: the UNet's other inputs at a step, from its index, the scaled latents and its timestep; with
+            guidance of twice the latents' batch, negatives first.
         guidance: `None`: the batch has one half.
     Yields:
         One `Step` after each call of the UNet.
@@ -81,12 +83,13 @@ def denoise(
     latents, state = begin.latents, schedule.start()
     for index, timestep in enumerate(schedule.timesteps):
         sample = schedule.scale_model_input(index, latents)
+        others = conditions(index, sample, float(timestep))
         if begin.channels is not None:
             sample = np.concatenate([sample, begin.channels], axis=1)
         noise_pred = unet(
             sample=np.concatenate([sample] * halves).astype(dtype, copy=False),
             timestep=np.asarray(timestep, np.float32),
-            **conditions(index),
+            **others,
         )["noise_pred"].astype(np.float32, copy=False)
         if guidance is not None:
             noise_pred = guidance.blend(noise_pred)

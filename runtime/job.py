@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from ipa.engines.errors import EngineError, RequestError
 from ipa.engines.registry import Choice
+from ipa.runtime.control_image import ControlImage
 from ipa.runtime.demo import demo_bundle
 from ipa.runtime.denoise import Step
 from ipa.runtime.image_prompt import ImagePrompt
@@ -100,8 +101,10 @@ class Job:
             fields = {name: value for name, value in fields.items() if name not in _IMAGE_FIELDS}
         elif "image_prompts" in fields:
             fields["image_prompts"] = tuple(map(ImagePrompt.from_record, fields["image_prompts"]))
+        if "controls" in fields and "controls" not in given:
+            fields["controls"] = ControlImage.from_records(fields["controls"])
         request = Request(**{**fields, **given})
-        if not request.prompt and not request.has_image:
+        if not request.prompt and not request.has_image and not request.controls:
             raise RequestError("nothing to draw from: give --prompt, --image or both")
         warnings = [
             f"{name} is not the image that {source} was made with; the result will differ"
@@ -182,9 +185,11 @@ class Job:
 
 def _changed_images(request: Request, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """The pictures that are taken from the record and are other ones now."""
-    own = {name for name in ("image", "init_image", "mask_image") if name in given}
+    own = {name for name in ("image", "init_image", "mask_image", "controls") if name in given}
     own |= {"image"} if "image_prompts" in given else set()
     hashes = image_hashes(request)
     names = [key.removesuffix("_sha256") for key, now in hashes.items() if key in recorded and recorded[key] != now]
-    pictures = {name: getattr(request, name) or "an image" for name in names if name not in own}
+    pictures = {name: getattr(request, name, None) or "an image" for name in names if name not in own}
+    if "controls" in pictures:
+        pictures["controls"] = "a control image"
     return [str(picture) for picture in pictures.values()]

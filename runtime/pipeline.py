@@ -22,6 +22,7 @@ from ipa.engines.errors import BundleError, RequestError
 from ipa.engines.tensorrt_library import MODULES
 from ipa.runtime.beginning import Beginner, Beginning
 from ipa.runtime.conditioning import guidance_batch
+from ipa.runtime.controls import ControlInputs, ControlledRun, opened_controls, resolved_controls
 from ipa.runtime.denoise import Guidance, Step, denoise
 from ipa.runtime.image_prompt import ImagePrompt
 from ipa.runtime.image_slots import Slot, SlotInputs, check_slots, image_slots, opened, prompt_features
@@ -197,7 +198,7 @@ class Pipeline(Closing):
         )
         request, schedule = self._resolved(request.sized(init_image))
         prompts = tuple(opened(prompt, self.bundle) for prompt in request.all_image_prompts)
-        return Run(request, schedule, prompts, init_image, mask_image)
+        return Run(request, schedule, prompts, init_image, mask_image, opened_controls(request.controls))
 
     def _key(self, request: Request) -> Hashable:
         tokens = [
@@ -209,13 +210,15 @@ class Pipeline(Closing):
         numbers = (request.num_inference_steps, *guidance, request.height, request.width, request.eta)
         task = (request.strength, request.init_image is None, request.mask_image is None)
         embeds = tuple(str(prompt.embeds) for prompt in request.all_image_prompts)  # the number in it is not known yet
-        return (*numbers, request.scheduler, *task, *tokens, *embeds)
+        controls = (request.guess_mode, *(control.name for control in request.controls))
+        return (*numbers, request.scheduler, *task, *tokens, *embeds, controls)
 
     def _load(self, requests: Sequence[Request]) -> None:
         names = ["text_encoder", "text_kv", "unet", "vae_decoder"]
         prompts = [prompt for request in requests for prompt in request.all_image_prompts]
         names += ["image_encoder"] if any(prompt.images for prompt in prompts) else []
         names += {f"ip_adapter/{prompt.adapter}": None for prompt in prompts}
+        names += {f"controlnet/{control.name}": None for request in requests for control in request.controls}
         names += ["vae_encoder"] if any(request.init_image is not None for request in requests) else []
         for name in names:
             self._engine(name)
@@ -226,8 +229,9 @@ class Pipeline(Closing):
         return self._engines[name]
 
     def _engine_for(self, name: str) -> str:
-        """The back-end of a component: an adapter that no engine was built for runs where `auto` can run it."""
-        return "auto" if self._asked == "auto" and name.startswith("ip_adapter/") else self.engine
+        """The back-end of a component: one beside the base model that no engine was built for runs where it can."""
+        is_beside = name.startswith(("ip_adapter/", "controlnet/"))
+        return "auto" if self._asked == "auto" and is_beside else self.engine
 
     def _load_seconds(self) -> float:
         """What opening and compiling engines has taken so far."""
@@ -246,6 +250,7 @@ class Pipeline(Closing):
         """The request with nothing left open, and its run of the scheduler."""
         request = request.resolved(self.manifest)
         check_slots(request.all_image_prompts, self.bundle)
+        request = replace(request, controls=resolved_controls(request.controls, self.bundle))
         self._check_task(request)
         scheduler = create_scheduler(request.scheduler, self._scheduler_config)
         assert request.num_inference_steps is not None
@@ -280,10 +285,27 @@ class Pipeline(Closing):
         input_ids = np.stack([encoding.ids for encoding in encodings.values()])
 
         def encode() -> Array:
-            states = self._engine("text_encoder")(input_ids=input_ids)["encoder_hidden_states"]
+            states = self._encoder_hidden_states(input_ids)
             return self._engine("text_kv")(encoder_hidden_states=states)["text_kv"]
 
         return self._kept.get(("text_kv", input_ids.tobytes()), encode), warnings
+
+    def _encoder_hidden_states(self, input_ids: Array) -> Array:
+        """The text itself, (2, text_tokens, width)."""
+
+        def encode() -> Array:
+            return self._engine("text_encoder")(input_ids=input_ids)["encoder_hidden_states"]
+
+        return self._kept.get(("encoder_hidden_states", input_ids.tobytes()), encode)
+
+    def _controlled(self, run: Run) -> ControlledRun:
+        """What ControlNets take of a request; its text is kept since it was encoded."""
+        request, states = run.request, None
+        assert request.height and request.width
+        if run.controls:
+            texts = (request.negative_prompt, request.prompt)
+            states = self._encoder_hidden_states(np.stack([self._tokenizer.encode(text).ids for text in texts]))
+        return ControlledRun(run.controls, states, run.count, request.height, request.width)
 
     def _slots(self, run: Run) -> list[Slot]:
         """What the UNet's image slots show."""
@@ -293,7 +315,9 @@ class Pipeline(Closing):
     def _denoise(self, runs: Sequence[Run]) -> Iterator[Step]:
         request, schedule = runs[0].request, runs[0].schedule
         if len({self._key(run.request) for run in runs}) > 1:
-            raise RequestError("requests of one batch must have equal steps, sizes, guidance and image prompts")
+            raise RequestError(
+                "requests of one batch must have equal steps, sizes, guidance, image prompts and ControlNets"
+            )
         assert request.height and request.width
         unet, downscale = self._engine("unet"), self.manifest.vae.downscale
         channels = unet.spec.outputs[0].axes[1]
@@ -309,9 +333,14 @@ class Pipeline(Closing):
         text_kv.flags.writeable = False  # so an engine may keep its copy over the steps
         slots = [run.slots for run in runs]
         images = SlotInputs(slots, counts, unet.spec, self.manifest.kv_layout, shape[1:], has_guidance)
+        controlled = [self._controlled(run) for run in runs]
+        controls = ControlInputs(
+            controlled, self.bundle, self._engine, unet.spec, shape[1:], has_guidance, request.guess_mode
+        )
 
-        def conditions(index: int) -> Mapping[str, Array]:
-            return {"text_kv": text_kv, **images.at(index, len(schedule.timesteps))}
+        def conditions(index: int, sample: NDArray[np.float32], timestep: float) -> Mapping[str, Array]:
+            count = len(schedule.timesteps)
+            return {"text_kv": text_kv, **images.at(index, count), **controls.at(index, count, sample, timestep)}
 
         guidance = Guidance(request.guidance_scale or 1.0, request.guidance_rescale) if has_guidance else None
         return denoise(unet, schedule, begin, conditions, guidance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from ipa.runtime.request import Request
 
 def request_record(request: Request) -> dict[str, Any]:
     """A request as JSON values; a picture that came from no file is left out."""
-    record = asdict(replace(request, image=None, init_image=None, mask_image=None, image_prompts=()))
+    record = {item.name: getattr(request, item.name) for item in fields(request)}
     for name in ("image", "init_image", "mask_image"):
         picture = getattr(request, name)
         record[name] = str(picture) if isinstance(picture, str | Path) else None
     record["image_prompts"] = [prompt.record() for prompt in request.image_prompts]
+    record["controls"] = [control.record() for control in request.controls]
     return record
 
 
@@ -63,6 +64,7 @@ def image_hashes(request: Request) -> dict[str, Any]:
         "image_sha256": _prompt_hash(request),
         "init_image_sha256": _file_hash(request.init_image),
         "mask_image_sha256": _file_hash(request.mask_image),
+        "controls_sha256": [_file_hash(control.image) for control in request.controls],
     }
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from ipa.engines.errors import RequestError
 from ipa.engines.manifest import Manifest
 from ipa.runtime.block_scales import Scale, check_scale
+from ipa.runtime.control_image import ControlImage
 from ipa.runtime.image_prompt import ImagePrompt, ImageSource
 from ipa.runtime.noise import SEED_LIMIT
 from ipa.runtime.schedulers import SCHEDULER_NAMES
@@ -39,6 +40,8 @@ class Request:
         ip_adapter_scale: weight of the image prompt, or weights by block, see `ipa.runtime.block_scales`; 0 is the base
             model exactly.
         image_prompts: in place of the three before: several images, several adapters, masks.
+        controls: pictures that ControlNets follow.
+        guess_mode: ControlNets count for the positive half alone and so say more than the prompt does.
         guidance_scale: classifier-free guidance, 1 and below is off.
         guidance_rescale: 0 to 1, against the glare of a large guidance scale.
         seed: 0 to 2**64 - 1; `None` draws one.
@@ -58,6 +61,8 @@ class Request:
     adapter: str | None = None
     ip_adapter_scale: Scale | None = None
     image_prompts: tuple[ImagePrompt, ...] = ()
+    controls: tuple[ControlImage, ...] = ()
+    guess_mode: bool = False
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
     num_inference_steps: int | None = None
@@ -102,6 +107,12 @@ class Request:
             raise RequestError(f"image_prompts is {self.image_prompts!r}, expected a tuple of ImagePrompt")
         if self.image_prompts and (self.image is not None or self.adapter or self.ip_adapter_scale is not None):
             raise RequestError("image_prompts take the place of image, adapter and ip_adapter_scale: give one or other")
+        if not isinstance(self.controls, tuple) or not all(isinstance(one, ControlImage) for one in self.controls):
+            raise RequestError(f"controls is {self.controls!r}, expected a tuple of ControlImage")
+        if not isinstance(self.guess_mode, bool):
+            raise RequestError(f"guess_mode is {self.guess_mode!r}, expected true or false")
+        if self.guess_mode and not self.controls:
+            raise RequestError("guess mode is a way to use ControlNets: add --control-image, or leave --guess-mode out")
         for name in ("height", "width"):
             _check_int(name, getattr(self, name), MIN_SIZE, MAX_SIZE)
             size = getattr(self, name)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ipa.engines.errors import RequestError
+from ipa.runtime.control_image import ControlImage
 from ipa.runtime.image_prompt import ImagePrompt
 from ipa.runtime.request import Request
 
@@ -102,10 +103,13 @@ def _request(record: dict[str, Any], folder: Path, defaults: Mapping[str, Any]) 
         if not isinstance(prompts, list):
             raise RequestError("image_prompts is not a list")
         record["image_prompts"] = tuple(_prompt(prompt, folder) for prompt in prompts)
+    if "controls" in record:
+        controls = ControlImage.from_records(record["controls"])
+        record["controls"] = tuple(replace(control, image=str(folder / str(control.image))) for control in controls)
     own_image = {"image", "image_prompts"} & set(record)
     given = {name: value for name, value in defaults.items() if not own_image or name not in ("image", "image_prompts")}
     request = Request(**given | record)
-    if not request.prompt and not request.has_image:
+    if not request.prompt and not request.has_image and not request.controls:
         raise RequestError("nothing to draw from: give a prompt, an image or both")
     return request
 

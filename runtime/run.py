@@ -9,6 +9,7 @@ from typing import Any, Self
 from numpy.typing import NDArray
 from PIL import Image
 
+from ipa.runtime.control_image import ControlImage
 from ipa.runtime.image_slots import OpenedPrompt, Slot
 from ipa.runtime.request import Request
 from ipa.runtime.schedulers import Schedule
@@ -25,6 +26,7 @@ class Run:
         schedule: its run of the scheduler.
         prompts: its image prompts, opened.
         init_image, mask_image: opened.
+        controls: opened.
         text_kv: (2, text_tokens, kv) keys and values of negative and positive prompt.
         slots: what the UNet's image slots show.
         warnings: for the user.
@@ -35,6 +37,7 @@ class Run:
     prompts: tuple[OpenedPrompt, ...]
     init_image: Image.Image | None = None
     mask_image: Image.Image | None = None
+    controls: tuple[ControlImage, ...] = ()
     text_kv: Array | None = None
     slots: tuple[Slot, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -109,6 +110,40 @@ def tiny_kinds_half_bundle(session_folder: Path, tiny_half_bundle: Path, tiny_ki
     return made_once(
         session_folder, "tiny_kinds_half_bundle", lambda folder: _with_kinds(tiny_half_bundle, folder, tiny_kind_files)
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_controlnets(session_folder: Path, tiny_base: Path) -> dict[str, Path]:
+    """Random ControlNets for `tiny_base` by name; `mood` has residuals without place and takes BGR."""
+    from tiny import tiny_controlnet
+
+    options: dict[str, dict[str, Any]] = {
+        "edges": {"seed": 1},
+        "pose": {"seed": 2},
+        "mood": {"seed": 3, "global_pool_conditions": True, "controlnet_conditioning_channel_order": "bgr"},
+    }
+
+    def make(name: str) -> Callable[[Path], object]:
+        return lambda folder: tiny_controlnet(tiny_base, folder, **options[name])
+
+    return {name: made_once(session_folder, f"controlnet_{name}", make(name)) for name in options}
+
+
+@pytest.fixture(scope="session")
+def tiny_control_bundle(
+    session_folder: Path, tiny_base: Path, tiny_adapter_file: Path, tiny_controlnets: dict[str, Path]
+) -> Path:
+    """As `tiny_bundle`, with `tiny_controlnets`. Read only, too."""
+    from ipa.export.adapters import AdapterFile
+    from ipa.export.build import ExportRequest, export_bundle
+    from ipa.export.controlnets import ControlNetSource
+
+    def make(output: Path) -> None:
+        adapters = (AdapterFile("tiny", tiny_adapter_file),)
+        controlnets = tuple(ControlNetSource(name, str(folder)) for name, folder in tiny_controlnets.items())
+        export_bundle(ExportRequest(str(tiny_base), output, adapters=adapters, controlnets=controlnets))
+
+    return made_once(session_folder, "tiny_control_bundle", make)
 
 
 def _with_kinds(bundle: Path, folder: Path, files: dict[str, Path]) -> None:

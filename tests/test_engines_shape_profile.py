@@ -6,7 +6,7 @@ import pytest
 
 from ipa.engines.errors import RequestError
 from ipa.engines.shape_profile import Range, ShapeProfile, as_text, covers
-from ipa.engines.spec import SPECS, adapter_spec
+from ipa.engines.spec import ONE_SLOT, SPECS, adapter_spec, control_residuals, controlnet_spec, unet_spec
 
 SIZES = {
     "text_tokens": 77,
@@ -48,6 +48,19 @@ def test_every_free_axis_of_the_table_has_a_range(profile: ShapeProfile, compone
 def test_the_vae_takes_picture_by_picture(profile: ShapeProfile) -> None:
     spec = SPECS["vae_decoder"].resolved(SIZES, "float16")
     assert [shape[0] for shape in profile.shapes("vae_decoder", spec, 8)["latents"]] == [1, 1, 8]
+
+
+def test_controlnets_and_their_unet_have_the_same_maps(profile: ShapeProfile) -> None:
+    residuals = control_residuals((320, 640, 1280, 1280), (2, 2, 2, 2))
+    assert len(residuals) == 13
+    spec = controlnet_spec(residuals).resolved(SIZES, "float16")
+    shapes = profile.shapes("controlnet/x", spec, 8)
+    assert shapes["controlnet_cond"] == ((2, 3, 512, 256), (4, 3, 640, 512), (8, 3, 640, 768))
+    assert shapes["sample"] == ((2, 4, 64, 32), (4, 4, 80, 64), (8, 4, 80, 96))
+    unet = profile.shapes("unet", unet_spec(ONE_SLOT, (), residuals).resolved(SIZES, "float16"), 8)
+    assert unet["down_block_res_0"] == ((2, 320, 64, 32), (4, 320, 80, 64), (8, 320, 80, 96))
+    assert unet["down_block_res_3"] == ((2, 320, 32, 16), (4, 320, 40, 32), (8, 320, 40, 48))
+    assert unet["mid_block_res"] == ((2, 1280, 8, 4), (4, 1280, 10, 8), (8, 1280, 10, 12))
 
 
 def test_adapters_see_the_negative_half(profile: ShapeProfile) -> None:

@@ -243,7 +243,11 @@ def test_vaes_of_other_families_are_refused(other_vae: Path, tiny_base: Path, tm
     (shifted / "config.json").write_text(json.dumps({**config, "shift_factor": 0.1}))
     wide = Path(shutil.copytree(other_vae, tmp_path / "wide"))
     (wide / "config.json").write_text(json.dumps({**config, "latent_channels": 16}))
-    for vae, message in ((tmp_path / "taesd", "AutoencoderTiny"), (shifted, "shift_factor"), (wide, "expected 16, as the vae")):
+    for vae, message in (
+        (tmp_path / "taesd", "AutoencoderTiny"),
+        (shifted, "shift_factor"),
+        (wide, "expected 16, as the vae"),
+    ):
         with pytest.raises(IpaError, match=message):
             BasePipeline(str(tiny_base), None, BaseChanges(vae=str(vae)))
 

@@ -14,7 +14,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ipa.engines.errors import RequestError
+from ipa.runtime import ControlImage, Request
 from ipa.runtime.metadata import parameters_text, pnginfo, read_request
+from ipa.runtime.record import request_record
 from ipa.runtime.schedulers import SCHEDULER_NAMES
 
 REQUEST: dict[str, Any] = {
@@ -262,3 +264,17 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         path.write_bytes(content[:length])
         with pytest.raises(RequestError):
             read_request(path)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request("a cat", init_image="a.png", strength=0.5),
+        Request("a cat", init_image="a.png", mask_image="m.png", strength=1.0),
+        Request("a cat", controls=(ControlImage("e.png", "edges", 0.5),), guess_mode=True),
+    ],
+)
+def test_fields_that_need_a_picture_are_recorded_with_it(request_: Request) -> None:
+    record = json.loads(json.dumps(request_record(request_)))
+    controls = ControlImage.from_records(record.pop("controls"))
+    assert Request(**{**record, "image_prompts": (), "controls": controls}) == request_

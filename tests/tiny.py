@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from adapter_files import full_face_shapes, resampler_shapes
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import (
     CLIPImageProcessor,
@@ -208,6 +208,32 @@ def tiny_adapter(
         flat |= {f"ip_adapter.{key}": value for key, value in ip_adapter.items()}
         save_file(flat, file)
     return file
+
+
+def tiny_controlnet(base: Path, folder: Path, seed: int = 0, **config: Any) -> Path:
+    """Write a random ControlNet for the UNet of a tiny pipeline, one that does something.
+
+    Args:
+        base: the pipeline.
+        folder: where.
+        seed: of what it differs by from the UNet's way down.
+        **config: fields of `ControlNetModel` to change.
+    Returns:
+        `folder`.
+    """
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", local_files_only=True)
+    model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 12, 16, 16))
+    if config:
+        old = {name: value for name, value in model.config.items() if name != "_use_default_values"}
+        model = ControlNetModel.from_config({**old, **config})
+    _shake(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("controlnet_") and name.endswith("weight"):  # the zero convolutions, too
+                parameter.add_(torch.randn_like(parameter) * parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    return folder
 
 
 def cross_attention_widths(unet_config: dict[str, Any]) -> list[int]:
