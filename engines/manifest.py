@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ipa.engines.errors import BundleError
@@ -141,12 +142,19 @@ class Manifest:
     loras: tuple[LoraRecord, ...] = ()
     textual_inversions: tuple[TextualInversionRecord, ...] = ()
     clip_skip: int = 0  # layers of the text encoder that were left out, from the last
+    tokenizer_2: FileRecord | None = None  # of `text_encoder_2`, where there is one
+    force_zeros_for_empty_prompt: bool = False  # what an empty negative prompt is encoded to (Stable Diffusion XL)
 
     def files(self) -> tuple[FileRecord, ...]:
         """Every file of the bundle but the manifest itself."""
         graphs = [*self.components.values(), *(adapter.component for adapter in self.adapters.values())]
         files = (file for graph in graphs for file in (*graph.files, *graph.variants.values()))
-        return (self.tokenizer, self.scheduler, *files)
+        return (*self.tokenizers, self.scheduler, *files)
+
+    @property
+    def tokenizers(self) -> tuple[FileRecord, ...]:
+        """One for each text encoder."""
+        return (self.tokenizer,) if self.tokenizer_2 is None else (self.tokenizer, self.tokenizer_2)
 
     def with_adapter(self, name: str, adapter: AdapterRecord) -> Manifest:
         """This manifest with one more (or one replaced) adapter; the first one becomes the default."""
@@ -196,6 +204,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
             return kind(**{name: _parse(hints[name], value[name], f"{where}.{name}") for name in known})
         except TypeError as error:
             raise ValueError(f"{where}: {error}") from error
+    if origin is UnionType and arguments[1] is NoneType:  # `X | None`
+        return None if value is None else _parse(arguments[0], value, where)
     if origin is tuple:
         if not isinstance(value, list) or (arguments[-1] is not ... and len(value) != len(arguments)):
             raise ValueError(f"{where} is not a list of the right length")
@@ -208,7 +218,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{where} is {type(value).__name__}, expected an object")
         return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is Any:
+    if kind is Any or (kind is bool and isinstance(value, bool)):
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

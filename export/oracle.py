@@ -10,6 +10,7 @@ import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
 from ipa.engines.engine import Array
+from ipa.engines.spec import SDXL, added_conditions
 from ipa.export.adapters import AdapterWeights
 from ipa.export.hoist import cross_attentions
 from ipa.export.oracle_projections import diffusers_projection
@@ -47,13 +48,19 @@ class DiffusersStep:
         """Predicted noise, float32.
 
         Args:
-            inputs: `sample`, `timestep`, `encoder_hidden_states` and the image feature that the adapter reads.
+            inputs: `sample`, `timestep`, `encoder_hidden_states` and the image feature that the adapter reads; for
+                Stable Diffusion XL `text_embeds` and `time_ids`, too.
             scale: `ip_adapter_scale`.
         """
         sample, timestep, text = (
             torch.from_numpy(inputs[name].astype(np.float32))
             for name in ("sample", "timestep", "encoder_hidden_states")
         )
+        added = {
+            tensor.name: torch.from_numpy(inputs[tensor.name].astype(np.float32))
+            for tensor in added_conditions(SDXL)
+            if tensor.name in inputs
+        }
         condition: Any = text
         if self._projection is not None:
             tokens = self._projection(torch.from_numpy(inputs[self._feature].astype(np.float32)))
@@ -61,5 +68,6 @@ class DiffusersStep:
             for attention in cross_attentions(self._unet).values():
                 attention.processor.scale = [scale]
         with torch.no_grad():
-            noise_pred: Array = self._unet(sample, timestep, condition, return_dict=False)[0].numpy()
+            output = self._unet(sample, timestep, condition, added_cond_kwargs=added, return_dict=False)
+        noise_pred: Array = output[0].numpy()
         return noise_pred

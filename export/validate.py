@@ -17,7 +17,7 @@ from ipa.engines.errors import EngineError, IpaError
 from ipa.engines.manifest import Manifest
 from ipa.engines.packed_kv import image_inputs, scale_values
 from ipa.engines.registry import backend_named, open_engine
-from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, axis_size
+from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, added_conditions, axis_size
 from ipa.engines.tensorrt_library import MODULES
 from ipa.export.adapters import AdapterFile, AdapterWeights, read_adapter
 from ipa.export.cases import SIZES, Size, cases, free_axes, step_inputs
@@ -68,7 +68,6 @@ class Validator:
             _bundle_name(self.bundle, file): read_adapter(file.path, manifest.kv_layout, dimensions)
             for file in adapters
         }
-        self._vocabulary = int(self.base.text_config["vocab_size"])
         self._sizes, self._largest = self._usable_sizes()
 
     def _usable_sizes(self) -> tuple[Sequence[Size], int | None]:
@@ -110,7 +109,8 @@ class Validator:
     def _component(self, name: str, engine: Engine, module: nn.Module) -> Check:
         module.eval()
         checks, tolerance = [], self._tolerance(engine)
-        for case, inputs in cases(engine.spec, self.bundle.manifest.vae.downscale, self._vocabulary, self._sizes):
+        vocabulary = int(self.base.text_configs.get(name, self.base.text_config)["vocab_size"])
+        for case, inputs in cases(engine.spec, self.bundle.manifest.vae.downscale, vocabulary, self._sizes):
             with torch.no_grad():
                 result = module(*(_tensor(inputs[tensor.name]) for tensor in engine.spec.inputs))
             outputs = result if isinstance(result, tuple) else (result,)
@@ -205,6 +205,7 @@ class Chain:
 
     def __init__(self, bundle: Bundle, engine: str) -> None:
         self._layout: KVLayout = bundle.manifest.kv_layout
+        self._family = bundle.manifest.family
         self.text_kv = bundle.open_component("text_kv", engine)
         self.unet = bundle.open_component("unet", engine)
 
@@ -218,7 +219,8 @@ class Chain:
             prompts.append(scale_values(image_kv, self._layout, scale))
         batch, _, height, width = sample.shape
         images = image_inputs(self.unet.spec, self._layout, (batch, height, width), prompts)
-        step = self.unet(sample=sample, timestep=inputs["timestep"], text_kv=text_kv, **images)
+        added = {tensor.name: inputs[tensor.name] for tensor in added_conditions(self._family)}
+        step = self.unet(sample=sample, timestep=inputs["timestep"], text_kv=text_kv, **added, **images)
         return step["noise_pred"]
 
 

@@ -20,7 +20,7 @@ from ipa.runtime.block_scales import layer_scales
 from ipa.runtime.conditioning import guidance_batch, image_features
 from ipa.runtime.image_prompt import ImagePrompt, ImageSource
 from ipa.runtime.images import open_image, preprocess
-from ipa.runtime.kept import Kept
+from ipa.runtime.kept import Kept, Outputs
 from ipa.runtime.masks import binary_mask, mask_level
 
 OpenEngine = Callable[[str], Engine]  # by component
@@ -99,8 +99,8 @@ def image_slots(
         for image in prompt.images:
             assert isinstance(image, Image.Image)
             key = ("image_kv", prompt.adapter, image.size, hashlib.sha256(image.tobytes()).digest())
-            image_kv = kept.get(key, partial(_image_kv, image, str(prompt.adapter), record, bundle, engine))
-            shown.append(scale_values(image_kv, layout, scales))
+            made = kept.get(key, partial(_image_kv, image, str(prompt.adapter), record, bundle, engine))
+            shown.append(scale_values(made["image_kv"], layout, scales))
         if not prompt.masks:
             slots.append(Slot(np.concatenate(shown, axis=1), None, prompt))
         for image_kv, picture in zip(shown, prompt.masks, strict=False):
@@ -111,11 +111,11 @@ def image_slots(
     return slots
 
 
-def _image_kv(image: Image.Image, name: str, record: AdapterRecord, bundle: Bundle, engine: OpenEngine) -> Array:
-    """Unscaled keys and values of the negative and the positive half, (2, tokens, kv)."""
+def _image_kv(image: Image.Image, name: str, record: AdapterRecord, bundle: Bundle, engine: OpenEngine) -> Outputs:
+    """`image_kv`: unscaled keys and values of the negative and the positive half, (2, tokens, kv)."""
     pixel_values = preprocess([image], bundle.manifest.image_processor)
     features = image_features(engine("image_encoder"), pixel_values, name, record)
-    return engine(f"ip_adapter/{name}")(**{record.feature: features})["image_kv"]
+    return engine(f"ip_adapter/{name}")(**{record.feature: features})
 
 
 def _scale(prompt: ImagePrompt) -> float | str | Mapping[str, object]:

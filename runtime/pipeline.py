@@ -29,7 +29,7 @@ from ipa.runtime.kept import Kept
 from ipa.runtime.request import Request
 from ipa.runtime.run import Run
 from ipa.runtime.schedulers import Schedule, create_scheduler
-from ipa.runtime.tokenizer import Tokenizer
+from ipa.runtime.text import Text
 
 Array = NDArray[Any]
 Callback = Callable[[Step], None]
@@ -76,7 +76,7 @@ class Pipeline(Closing):
         self._engines: dict[str, Engine] = {}
         self._kept = Kept()
         self._closed_load_seconds = 0.0
-        self._tokenizer = Tokenizer.open(bundle.file(self.manifest.tokenizer), self.manifest.text_tokens)
+        self._text = Text(bundle, self._engine, self._kept)
         self._scheduler_config = _read_json(bundle.file(self.manifest.scheduler))
 
     @classmethod
@@ -150,7 +150,7 @@ class Pipeline(Closing):
         if self.keep_engines:  # all at once: what cannot be opened is known before the work starts
             self._load([run.request for run in runs])
         with self._stage("text", seconds):
-            runs = [run.with_text(*self._text_kv(run.request)) for run in runs]
+            runs = [run.with_text(*self._text.encode(run.request)) for run in runs]
         with self._stage("image", seconds):
             runs = [run.with_slots(self._slots(run)) for run in runs]
         with self._stage("denoise", seconds):
@@ -177,7 +177,7 @@ class Pipeline(Closing):
     def steps(self, request: Request) -> Iterator[Step]:
         """The denoising loop alone, as a generator: the last step's latents are the final ones."""
         run = self._prepared(request)
-        run = run.with_text(*self._text_kv(run.request))
+        run = run.with_text(*self._text.encode(run.request))
         return self._denoise([run.with_slots(self._slots(run))])
 
     def _prepared(self, request: Request) -> Run:
@@ -200,7 +200,7 @@ class Pipeline(Closing):
         return (*numbers, request.scheduler, *task, *tokens)
 
     def _load(self, requests: Sequence[Request]) -> None:
-        names = ["text_encoder", "text_kv", "unet", "vae_decoder"]
+        names = [*self._text.components, "unet", "vae_decoder"]
         prompts = (prompt for request in requests for prompt in request.all_image_prompts)
         adapters = {f"ip_adapter/{prompt.adapter}": None for prompt in prompts}
         names += ["image_encoder", *adapters] if adapters else []
@@ -254,25 +254,6 @@ class Pipeline(Closing):
                 "add --init-image and --mask-image"
             )
 
-    def _text_kv(self, request: Request) -> tuple[Array, list[str]]:
-        """Keys and values of negative and positive prompt, (2, text_tokens, kv), and warnings."""
-        texts = {"negative prompt": request.negative_prompt, "prompt": request.prompt}
-        encodings = {name: self._tokenizer.encode(text) for name, text in texts.items()}
-        warnings = [
-            f"the {name} is longer than {self.manifest.text_tokens - 2} tokens; this was cut off: {encoding.cut!r}"
-            for name, encoding in encodings.items()
-            if encoding.cut
-        ]
-        if request.negative_prompt and not request.has_guidance:
-            warnings.append(f"the negative prompt has no effect at guidance scale {request.guidance_scale}")
-        input_ids = np.stack([encoding.ids for encoding in encodings.values()])
-
-        def encode() -> Array:
-            states = self._engine("text_encoder")(input_ids=input_ids)["encoder_hidden_states"]
-            return self._engine("text_kv")(encoder_hidden_states=states)["text_kv"]
-
-        return self._kept.get(("text_kv", input_ids.tobytes()), encode), warnings
-
     def _slots(self, run: Run) -> list[Slot]:
         """What the UNet's image slots show."""
         assert run.request.height and run.request.width
@@ -293,13 +274,15 @@ class Pipeline(Closing):
             [beginner.begin(run.request, run.schedule, shape, run.init_image, run.mask_image) for run in runs]
         )
         counts, has_guidance = [run.count for run in runs], request.has_guidance
-        text_kv = guidance_batch([run.text_kv for run in runs if run.text_kv is not None], counts, has_guidance)
-        text_kv.flags.writeable = False  # so an engine may keep its copy over the steps
+        names = runs[0].text
+        text = {name: guidance_batch([run.text[name] for run in runs], counts, has_guidance) for name in names}
+        for array in text.values():
+            array.flags.writeable = False  # so an engine may keep its copy over the steps
         slots = [run.slots for run in runs]
         images = SlotInputs(slots, counts, unet.spec, self.manifest.kv_layout, shape[1:], has_guidance)
 
         def conditions(index: int) -> Mapping[str, Array]:
-            return {"text_kv": text_kv, **images.at(index, len(schedule.timesteps))}
+            return {**text, **images.at(index, len(schedule.timesteps))}
 
         guidance_scale = request.guidance_scale if has_guidance else None
         return denoise(unet, schedule, begin, conditions, guidance_scale)
