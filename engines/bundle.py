@@ -14,6 +14,7 @@ from ipa.engines.errors import BundleError, RequestError
 from ipa.engines.manifest import FILE_NAME, AdapterRecord, ComponentRecord, ControlNetRecord, FileRecord, Manifest
 from ipa.engines.onnx_file import external_data
 from ipa.engines.registry import Choice, open_engine, resolve_engine
+from ipa.engines.spec import family_specs
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _MANIFEST_LIMIT = 16 * 2**20  # bytes; a real one has some 20 kB
@@ -53,6 +54,7 @@ class Bundle:
         except UnicodeDecodeError as error:
             raise BundleError(f"{path} is not UTF-8 text; export the bundle again") from error
         bundle = cls(root, Manifest.from_json(text), plans)
+        family_specs(bundle.manifest.family)  # refuses one that is not known
         files = bundle.manifest.files()
         for file in files:
             _check_path(root, file)

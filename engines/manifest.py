@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ipa.engines.errors import BundleError
@@ -157,6 +158,8 @@ class Manifest:
     textual_inversions: tuple[TextualInversionRecord, ...] = ()
     clip_skip: int = 0  # layers of the text encoder that were left out, from the last
     controlnets: Mapping[str, ControlNetRecord] = field(default_factory=dict)
+    tokenizer_2: FileRecord | None = None  # of `text_encoder_2`, where there is one
+    force_zeros_for_empty_prompt: bool = False  # what an empty negative prompt is encoded to (Stable Diffusion XL)
 
     def graphs(self) -> dict[str, ComponentRecord]:
         """Every graph by its component's name: those of the spec table, `ip_adapter/NAME` and `controlnet/NAME`."""
@@ -167,7 +170,12 @@ class Manifest:
     def files(self) -> tuple[FileRecord, ...]:
         """Every file of the bundle but the manifest itself."""
         files = (file for graph in self.graphs().values() for file in (*graph.files, *graph.variants.values()))
-        return (self.tokenizer, self.scheduler, *files)
+        return (*self.tokenizers, self.scheduler, *files)
+
+    @property
+    def tokenizers(self) -> tuple[FileRecord, ...]:
+        """One for each text encoder."""
+        return (self.tokenizer,) if self.tokenizer_2 is None else (self.tokenizer, self.tokenizer_2)
 
     def with_adapter(self, name: str, adapter: AdapterRecord) -> Manifest:
         """This manifest with one more (or one replaced) adapter; the first one becomes the default."""
@@ -217,6 +225,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
             return kind(**{name: _parse(hints[name], value[name], f"{where}.{name}") for name in known})
         except TypeError as error:
             raise ValueError(f"{where}: {error}") from error
+    if origin is UnionType and arguments[1] is NoneType:  # `X | None`
+        return None if value is None else _parse(arguments[0], value, where)
     if origin is tuple:
         if not isinstance(value, list) or (arguments[-1] is not ... and len(value) != len(arguments)):
             raise ValueError(f"{where} is not a list of the right length")
@@ -229,7 +239,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{where} is {type(value).__name__}, expected an object")
         return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is Any:
+    if kind is Any or (kind is bool and isinstance(value, bool)):
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -11,7 +11,7 @@ from ipa.engines.spec import ComponentSpec, axis_size
 
 Shape = tuple[int, ...]
 _SIDE_MULTIPLE = 8  # of pictures, in pixels
-_HALVES = ("text_encoder", "text_kv")  # run on the negative and the positive prompt
+_HALVES = ("text_encoder", "text_encoder_2", "text_kv")  # run on the negative and the positive prompt
 
 
 @dataclass(frozen=True)

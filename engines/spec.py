@@ -12,10 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 
+from ipa.engines.errors import BundleError
+
 Axis = int | str
 MAX_SLOTS = 8
 FLOAT = "float"  # stands for the dtype a component was exported in
 
+SD15, SDXL = "sd15", "sdxl"  # families: Stable Diffusion 1.x, Stable Diffusion XL
 COMPONENTS = ("text_encoder", "text_kv", "image_encoder", "unet", "vae_decoder", "vae_encoder")
 
 
@@ -53,10 +56,10 @@ class ComponentSpec:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes that a base model and its encoders fix; every field is an axis name of `SPECS`."""
+    """The sizes that a base model and its encoders fix; every field is an axis name of the spec table."""
 
     text_tokens: int  # 77
-    text_width: int  # 768 in SD1.5
+    text_width: int  # 768 in SD1.5; 2048 in SDXL, where two encoders' states lie side by side
     kv: int  # 2 * sum of the cross-attention widths: 24960 in SD1.5
     image_size: int  # pixels, 224 for ViT-H/14
     image_embed_width: int  # 1024 for ViT-H/14
@@ -64,6 +67,9 @@ class Dimensions:
     image_hidden_width: int  # 1280 for ViT-H/14
     latent_channels: int  # 4
     unet_in_channels: int  # 4; 9 in inpainting models
+    text_width_1: int = 0  # of SDXL's first text encoder: 768
+    text_width_2: int = 0  # of its second: 1280
+    text_embed_width: int = 0  # of the second's pooled and projected output: 1280
 
     def sizes(self) -> dict[str, int]:
         """Axis name to size."""
@@ -85,11 +91,13 @@ _IMAGE_EMBEDS = TensorSpec("image_embeds", ("batch", "image_embed_width"))
 _HIDDEN_STATES = TensorSpec("hidden_states", ("batch", "image_patches", "image_hidden_width"))
 # float32 in every precision: float16 has no room for exact sums of sinusoid arguments near 999.
 _TIMESTEP = TensorSpec("timestep", (), "float32")
+_INPUT_IDS = TensorSpec("input_ids", ("batch", "text_tokens"), "int64")
+_TEXT_EMBEDS = TensorSpec("text_embeds", ("batch", "text_embed_width"))
+# Original height and width, top and left of the crop, target height and width; sinusoids are made of them, too.
+_TIME_IDS = TensorSpec("time_ids", ("batch", 6), "float32")
 
 SPECS: Mapping[str, ComponentSpec] = {
-    "text_encoder": ComponentSpec(
-        (TensorSpec("input_ids", ("batch", "text_tokens"), "int64"),), (_ENCODER_HIDDEN_STATES,)
-    ),
+    "text_encoder": ComponentSpec((_INPUT_IDS,), (_ENCODER_HIDDEN_STATES,)),
     "text_kv": ComponentSpec((_ENCODER_HIDDEN_STATES,), (_TEXT_KV,)),
     "image_encoder": ComponentSpec(
         (TensorSpec("pixel_values", ("batch", 3, "image_size", "image_size")),), (_IMAGE_EMBEDS, _HIDDEN_STATES)
@@ -100,6 +108,44 @@ SPECS: Mapping[str, ComponentSpec] = {
     "vae_decoder": ComponentSpec((_latents("latents"),), (_IMAGE,)),
     "vae_encoder": ComponentSpec((_IMAGE,), (_latents("latent_mean"), _latents("latent_logvar"))),
 }
+
+# Stable Diffusion XL: both encoders give the states before their last layer, which go to `text_kv` side by side.
+_SDXL_SPECS: Mapping[str, ComponentSpec] = {
+    "text_encoder": ComponentSpec(
+        (_INPUT_IDS,), (replace(_ENCODER_HIDDEN_STATES, axes=("batch", "text_tokens", "text_width_1")),)
+    ),
+    "text_encoder_2": ComponentSpec(
+        (_INPUT_IDS,),
+        (replace(_ENCODER_HIDDEN_STATES, axes=("batch", "text_tokens", "text_width_2")), _TEXT_EMBEDS),
+    ),
+    "text_kv": SPECS["text_kv"],
+    "image_encoder": SPECS["image_encoder"],
+    "unet": ComponentSpec(
+        (*SPECS["unet"].inputs[:3], _TEXT_EMBEDS, _TIME_IDS, *SPECS["unet"].inputs[3:]), SPECS["unet"].outputs
+    ),
+    "vae_decoder": SPECS["vae_decoder"],
+    "vae_encoder": SPECS["vae_encoder"],
+}
+_FAMILIES = {SD15: SPECS, SDXL: _SDXL_SPECS}
+
+
+def family_specs(family: str) -> Mapping[str, ComponentSpec]:
+    """The components of a family of base models, in order.
+
+    Raises:
+        BundleError: only a later version knows the family.
+    """
+    if family not in _FAMILIES:
+        raise BundleError(
+            f"the bundle is of the family '{family}', this ipa-runtime knows {', '.join(_FAMILIES)}; "
+            "upgrade with `pip install -U ipa-runtime`"
+        )
+    return _FAMILIES[family]
+
+
+def added_conditions(family: str) -> tuple[TensorSpec, ...]:
+    """What the UNet of a family takes beside `sample`, `timestep` and `text_kv`, image prompts aside."""
+    return family_specs(family)["unet"].inputs[3:-1]
 
 
 @dataclass(frozen=True)
@@ -165,15 +211,18 @@ def axis_size(axis: Axis, sizes: Mapping[str, int]) -> int:
     return sizes[kind if kind == "tokens" else axis]
 
 
-def unet_spec(slots: ImageSlots, levels: Iterable[int] = (), residuals: Iterable[TensorSpec] = ()) -> ComponentSpec:
+def unet_spec(
+    slots: ImageSlots, levels: Iterable[int] = (), residuals: Iterable[TensorSpec] = (), family: str = SD15
+) -> ComponentSpec:
     """The UNet's spec.
 
     Args:
         slots: its room for image prompts.
         levels: resolutions that have cross-attention, as `KVLayout.levels` gives them; masks come for each.
         residuals: what it takes of ControlNets, see `control_residuals`.
+        family: of the base model.
     """
-    sample, timestep, text_kv, _ = SPECS["unet"].inputs
+    sample, timestep, text_kv, *_ = SPECS["unet"].inputs
     image_kv = (
         replace(_IMAGE_KV, name=name, axes=("batch", f"tokens_{slot}" if slot else "tokens", "kv"))
         for slot, name in enumerate(slots.image_kv)
@@ -182,7 +231,8 @@ def unet_spec(slots: ImageSlots, levels: Iterable[int] = (), residuals: Iterable
         TensorSpec(image_mask(level), ("batch", slots.count, f"positions_{level}"))
         for level in (sorted(set(levels)) if slots.has_masks else ())
     )
-    return ComponentSpec((sample, timestep, text_kv, *image_kv, *masks, *residuals), SPECS["unet"].outputs)
+    inputs = (sample, timestep, text_kv, *added_conditions(family), *image_kv, *masks, *residuals)
+    return ComponentSpec(inputs, SPECS["unet"].outputs)
 
 
 def control_residuals(channels: Sequence[int], layers: Sequence[int]) -> tuple[TensorSpec, ...]:

@@ -16,7 +16,7 @@ from torch import nn
 from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.errors import BundleError, IpaError
 from ipa.engines.manifest import FILE_NAME, AdapterRecord, ComponentRecord, ControlNetRecord, FileRecord, Manifest
-from ipa.engines.spec import COMPONENTS, ONE_SLOT, ImageSlots
+from ipa.engines.spec import ONE_SLOT, SDXL, ImageSlots, family_specs
 from ipa.export.adapters import AdapterFile, AdapterWeights, adapter_graph, read_adapter
 from ipa.export.changes import BaseChanges
 from ipa.export.controlnets import ControlNetSource, read_controlnets
@@ -32,8 +32,6 @@ from ipa.export.versions import created_by
 from ipa.export.winograd import ENGINE as WINOGRAD_ENGINE
 from ipa.export.winograd import guidance_pair_sizes, write_winograd_graph
 
-FAMILY = "sd15"
-TOKENIZER_FILE = "tokenizer/tokenizer.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 ADAPTER_FOLDER = "ip_adapter"
 CONTROLNET_FOLDER = "controlnet"
@@ -88,7 +86,8 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
     defaults = replace(base.defaults, **request.defaults)
     usual_sizes = guidance_pair_sizes(defaults.height, defaults.width, base.vae_record.downscale)
     with staged_bundle(request.output, request.force) as root:
-        tokenizer, scheduler = _write_tokenizer(root, base), _write_scheduler(root, base)
+        tokenizer, scheduler = _write_tokenizer(root, base, "tokenizer"), _write_scheduler(root, base)
+        tokenizer_2 = _write_tokenizer(root, base, "tokenizer_2") if base.family == SDXL else None
 
         def add(graph: Graph, folder: str) -> ComponentRecord:
             progress(graph.name)
@@ -99,19 +98,22 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
         components: dict[str, ComponentRecord] = {}
         text_kv: nn.Module | None = None
         for name, module in component_modules(base, request.slots, residuals):
-            graph = typed_graph(name, module, dimensions, request.dtype)
+            dtype = "float32" if name.startswith("vae_") and base.needs_float32_vae else request.dtype
+            graph = typed_graph(name, module, dimensions, dtype, base.family)
             components[name] = add(graph, name)
             if name == "text_kv":
                 text_kv = module if request.merged else None
             if name == "unet" and request.merged and text_kv is not None:
                 progress(request.merged.file.name)
                 adapter = next(iter(weights.values()))
-                export_merged(request.merged, module, text_kv, adapter, dimensions, request.dtype, request.opset)
+                export_merged(
+                    request.merged, module, text_kv, adapter, dimensions, request.dtype, request.opset, base.family
+                )
         manifest = Manifest(
-            family=FAMILY,
+            family=base.family,
             created_by=created_by(),
             kv_layout=layout,
-            components={name: components[name] for name in COMPONENTS},
+            components={name: components[name] for name in family_specs(base.family)},
             adapters={},
             tokenizer=tokenizer,
             scheduler=scheduler,
@@ -123,6 +125,8 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
             loras=base.loras,
             textual_inversions=base.textual_inversions,
             clip_skip=base.clip_skip,
+            tokenizer_2=tokenizer_2,
+            force_zeros_for_empty_prompt=base.force_zeros_for_empty_prompt,
         )
         for name, adapter in weights.items():
             graph = adapter_graph(name, adapter, dimensions, request.dtype)
@@ -219,10 +223,10 @@ def _adapter_record(weights: AdapterWeights, component: ComponentRecord) -> Adap
     return AdapterRecord(component, kind.name, weights.tokens, kind.feature, kind.negative, weights.source_sha256)
 
 
-def _write_tokenizer(root: Path, base: BasePipeline) -> FileRecord:
-    path = root / TOKENIZER_FILE
+def _write_tokenizer(root: Path, base: BasePipeline, part: str) -> FileRecord:
+    path = root / part / "tokenizer.json"
     path.parent.mkdir()
-    base.load_tokenizer().save(str(path))
+    base.load_tokenizer(part).save(str(path))
     return _file_record(root, path)
 
 

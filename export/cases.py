@@ -8,7 +8,7 @@ import numpy as np
 
 from ipa.engines.engine import Array
 from ipa.engines.manifest import Manifest
-from ipa.engines.spec import ADAPTER_FEATURES, ComponentSpec, TensorSpec, axis_size
+from ipa.engines.spec import ADAPTER_FEATURES, ComponentSpec, TensorSpec, added_conditions, axis_size
 
 Size = tuple[int, int, int, int]  # batch, tokens, latent_height, latent_width
 # Multiples of 8 and others, the smallest picture (64 x 64 pixels) too.
@@ -16,8 +16,10 @@ SIZES: Sequence[Size] = ((1, 4, 8, 8), (2, 1, 16, 16), (3, 16, 9, 25), (2, 5, 24
 _TIMESTEPS = (0, 999, 500, 1)
 # How far real inputs go, as a factor on unit variance: latents of a VAE whose scaling factor is 0.18 have a deviation
 # of 5; CLIP's hidden states have outliers of about 30.
-_EXTREMES = {"latents": 8.0, "encoder_hidden_states": 10.0, "image_embeds": 10.0, "hidden_states": 10.0, "sample": 8.0}
+_EXTREMES = {"latents": 8.0, "encoder_hidden_states": 10.0, "image_embeds": 10.0, "hidden_states": 10.0}
+_EXTREMES |= {"sample": 8.0, "text_embeds": 10.0}
 _PICTURES = {"image": -1.0, "pixel_values": -1.0, "controlnet_cond": 0.0}  # what black is; white is 1
+_LARGEST_PIXEL = 2048
 
 
 def cases(
@@ -63,6 +65,8 @@ def _draw(
         return np.asarray(_TIMESTEPS[seed % len(_TIMESTEPS)], tensor.dtype)
     if tensor.dtype == "int64":
         return random.integers(0, vocabulary, shape)
+    if tensor.name == "time_ids":  # pixels
+        return random.integers(0, _LARGEST_PIXEL, shape).astype(tensor.dtype)
     if tensor.name in _PICTURES:
         return random.uniform(_PICTURES[tensor.name], 1, shape).astype(tensor.dtype)
     return random.standard_normal(shape).astype(tensor.dtype)
@@ -92,11 +96,12 @@ def _extremes(inputs: Mapping[str, Array], vocabulary: int) -> dict[str, dict[st
 
 
 def step_inputs(manifest: Manifest, sizes: Sequence[Size] = SIZES) -> Iterator[tuple[str, dict[str, Array]]]:
-    """Named inputs of a whole step: latents, timestep, text, both image features and, for ControlNets, a picture."""
+    """Named inputs of a whole step: latents, timestep, text and what SDXL adds, image features, a control image."""
     components = (*(record.component for record in manifest.controlnets.values()), *manifest.components.values())
     tensors = {tensor.name: tensor for record in components for tensor in record.spec.inputs}
     tensors |= {tensor.name: tensor for tensor in manifest.components["image_encoder"].spec.outputs}
-    names = ["sample", "timestep", "encoder_hidden_states", *ADAPTER_FEATURES]
+    added = [tensor.name for tensor in added_conditions(manifest.family)]
+    names = ["sample", "timestep", "encoder_hidden_states", *added, *ADAPTER_FEATURES]
     names += ["controlnet_cond"] if manifest.controlnets else []
     for seed, size in enumerate(sizes):
         batch, _, height, width = size

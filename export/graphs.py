@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ipa.engines.spec import SPECS, Dimensions, ImageSlots, TensorSpec, unet_spec
+from ipa.engines.spec import SD15, SDXL, Dimensions, ImageSlots, TensorSpec, family_specs, unet_spec
 from ipa.export.attention import SpatialAttention
 from ipa.export.hoist import HoistedUNet, text_kv_linear
 from ipa.export.onnx_export import Graph
@@ -25,6 +25,31 @@ class TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """`encoder_hidden_states`."""
         return cast(Tensor, self.model(input_ids).last_hidden_state)
+
+
+class PenultimateTextEncoder(nn.Module):
+    """CLIP's state before its last layer, without the final norm, as SDXL uses its first text encoder."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """`encoder_hidden_states`."""
+        return cast(Tensor, self.model(input_ids, output_hidden_states=True).hidden_states[-2])
+
+
+class PooledTextEncoder(nn.Module):
+    """The same, and the last state of the end token, normed and projected, as SDXL uses its second."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`encoder_hidden_states`, `text_embeds`."""
+        output = self.model(input_ids, output_hidden_states=True)
+        return output.hidden_states[-2], output.text_embeds
 
 
 class ImageEncoder(nn.Module):
@@ -70,7 +95,7 @@ class VaeEncoder(nn.Module):
 def component_modules(
     base: BasePipeline, slots: ImageSlots, residuals: tuple[TensorSpec, ...] = ()
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of all components in FP32, in the order of `ipa.engines.spec.COMPONENTS`, one part loaded at a time.
+    """Modules of all components in FP32, one part loaded at a time.
 
     Use each before asking for the next: `unet` takes over the model that `text_kv` was read from.
 
@@ -78,7 +103,11 @@ def component_modules(
         slots: the UNet's room for image prompts.
         residuals: what the UNet takes of ControlNets.
     """
-    yield "text_encoder", TextEncoder(_plain_attention(base.load_text_encoder()))
+    if base.family == SDXL:
+        yield "text_encoder", PenultimateTextEncoder(_plain_attention(base.load_text_encoder()))
+        yield "text_encoder_2", PooledTextEncoder(_plain_attention(base.load_text_encoder_2()))
+    else:
+        yield "text_encoder", TextEncoder(_plain_attention(base.load_text_encoder()))
     unet = base.load_unet()
     yield "text_kv", text_kv_linear(unet)
     yield "unet", HoistedUNet(unet, slots, residuals)
@@ -96,14 +125,16 @@ def _plain_attention(model: Any) -> Any:
     return model
 
 
-def typed_graph(name: str, module: nn.Module, dimensions: Dimensions, dtype: str) -> Graph:
+def typed_graph(name: str, module: nn.Module, dimensions: Dimensions, dtype: str, family: str = SD15) -> Graph:
     """A component ready for export.
 
     Args:
         dtype: `float32` or `float16`; the latter converts `module` in place.
+        family: of the base model.
     """
-    generic = SPECS[name]
     if isinstance(module, HoistedUNet):
-        generic = unet_spec(module.slots, module.layout.levels, module.residuals)
+        generic = unet_spec(module.slots, module.layout.levels, module.residuals, family)
+    else:
+        generic = family_specs(family)[name]
     spec = generic.resolved(dimensions.sizes(), dtype)
     return Graph(name, to_half(module) if dtype == "float16" else module, spec)

@@ -16,7 +16,16 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ipa.engines.errors import IpaError
-from ipa.engines.spec import ONE_SLOT, ImageSlots, KVLayer, KVLayout, TensorSpec
+from ipa.engines.spec import (
+    ONE_SLOT,
+    SD15,
+    SDXL,
+    ImageSlots,
+    KVLayer,
+    KVLayout,
+    TensorSpec,
+    added_conditions,
+)
 from ipa.export.attention import attend
 
 KeysValues = tuple[Tensor, ...]  # K_0, V_0, K_1, V_1, ... each (batch, tokens, width)
@@ -142,6 +151,7 @@ class HoistedUNet(nn.Module):
         """
         super().__init__()
         self.layout, self.slots, self.residuals = kv_layout(unet), slots, residuals
+        self.added = tuple(tensor.name for tensor in added_conditions(_family(unet)))
         levels = self.layout.levels
         self.mask_levels = sorted(set(levels)) if slots.has_masks else []
         for module in unet.modules():
@@ -152,20 +162,30 @@ class HoistedUNet(nn.Module):
             attention.to_k = attention.to_v = None
         self.unet = unet
 
-    def forward(self, sample: Tensor, timestep: Tensor, text_kv: Tensor, *images: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor, text_kv: Tensor, *others: Tensor) -> Tensor:
         """Predict the noise; see `ipa.engines.spec.unet_spec` for shapes.
 
         Args:
-            images: `image_kv` of each slot, then the masks of each level, then the residuals of ControlNets.
+            others: `text_embeds` and `time_ids` of SDXL; `image_kv` of each slot, the masks of each level, then the
+                residuals of ControlNets.
         """
+        images = others[len(self.added) :]
         first_residual = self.slots.count + len(self.mask_levels)
         masks, residuals = images[self.slots.count : first_residual], images[first_residual:]
+        # In float32 until the embedding of all of them, as the sinusoids are.
+        added = {name: tensor.float() for name, tensor in zip(self.added, others, strict=False)}
         conditions = Conditions(
             split_kv(text_kv, self.layout),
             tuple(split_kv(image_kv, self.layout) for image_kv in images[: self.slots.count]),
             dict(zip(self.mask_levels, masks, strict=True)),
         )
-        added: dict[str, Any] = {}
+        controlled: dict[str, Any] = {}
         if residuals:
-            added = {"down_block_additional_residuals": residuals[:-1], "mid_block_additional_residual": residuals[-1]}
-        return cast(Tensor, self.unet(sample, timestep, conditions, return_dict=False, **added)[0])
+            controlled["down_block_additional_residuals"] = residuals[:-1]
+            controlled["mid_block_additional_residual"] = residuals[-1]
+        output = self.unet(sample, timestep, conditions, added_cond_kwargs=added, return_dict=False, **controlled)
+        return cast(Tensor, output[0])
+
+
+def _family(unet: UNet2DConditionModel) -> str:
+    return SDXL if unet.config.addition_embed_type == "text_time" else SD15

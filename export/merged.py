@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ipa.engines.bundle import hash_file
 from ipa.engines.errors import BundleError
-from ipa.engines.spec import ADAPTER_FEATURES, SPECS, ComponentSpec, Dimensions
+from ipa.engines.spec import ADAPTER_FEATURES, SD15, SPECS, ComponentSpec, Dimensions, added_conditions
 from ipa.export.adapters import AdapterWeights
 from ipa.export.onnx_export import Graph, export_graph
 from ipa.export.precision import to_half
@@ -29,15 +29,21 @@ class MergedOptions:
 
 
 class MergedStep(nn.Module):
-    """`noise_pred = f(sample, timestep, encoder_hidden_states, feature)`; the adapter's kind says which feature."""
+    """`noise_pred = f(sample, timestep, encoder_hidden_states, feature)`; the adapter's kind says which feature.
+
+    Stable Diffusion XL's takes `text_embeds` and `time_ids`, too.
+    """
 
     def __init__(self, unet: nn.Module, text_kv: nn.Module, adapter: nn.Module) -> None:
         super().__init__()
         self.unet, self.text_kv, self.adapter = unet, text_kv, adapter
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, feature: Tensor) -> Tensor:
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, feature: Tensor, *added: Tensor
+    ) -> Tensor:
         """Predict the noise with keys and values computed in the graph."""
-        return cast(Tensor, self.unet(sample, timestep, self.text_kv(encoder_hidden_states), self.adapter(feature)))
+        text_kv, image_kv = self.text_kv(encoder_hidden_states), self.adapter(feature)
+        return cast(Tensor, self.unet(sample, timestep, text_kv, *added, image_kv))
 
 
 def export_merged(
@@ -48,6 +54,7 @@ def export_merged(
     dimensions: Dimensions,
     dtype: str,
     opset: int,
+    family: str = SD15,
 ) -> None:
     """Write the graph, its data (`FILE.data`, when large) and `FILE.meta.json`, which comes last.
 
@@ -58,7 +65,7 @@ def export_merged(
         IpaError: the exporter failed or the files could not be written.
     """
     adapter = weights.scaled(options.scale).module()
-    spec = merged_spec(weights, dimensions, dtype)
+    spec = merged_spec(weights, dimensions, dtype, family)
     module = MergedStep(unet, text_kv, to_half(adapter) if dtype == "float16" else adapter)
     try:
         options.file.parent.mkdir(parents=True, exist_ok=True)
@@ -74,11 +81,12 @@ def export_merged(
         raise BundleError(f"{options.file} could not be written: {error.strerror or error}") from error
 
 
-def merged_spec(weights: AdapterWeights, dimensions: Dimensions, dtype: str) -> ComponentSpec:
+def merged_spec(weights: AdapterWeights, dimensions: Dimensions, dtype: str, family: str = SD15) -> ComponentSpec:
     """Inputs and outputs of the merged graph."""
     sample, timestep = SPECS["unet"].inputs[:2]
     text, image = SPECS["text_kv"].inputs[0], ADAPTER_FEATURES[weights.feature]
-    spec = ComponentSpec((sample, timestep, text, image), SPECS["unet"].outputs)
+    inputs = (sample, timestep, text, image, *added_conditions(family))
+    spec = ComponentSpec(inputs, SPECS["unet"].outputs)
     return spec.resolved(dimensions.sizes(), dtype)
 
 

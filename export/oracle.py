@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from torch import Tensor, nn
 
 from ipa.engines.engine import Array
-from ipa.engines.spec import TensorSpec, axis_size
+from ipa.engines.spec import SDXL, TensorSpec, added_conditions, axis_size
 from ipa.export.adapters import AdapterWeights
 from ipa.export.hoist import cross_attentions
 from ipa.export.oracle_projections import diffusers_projection
@@ -68,8 +68,8 @@ class DiffusersStep:
         """Predicted noise, float32.
 
         Args:
-            inputs: `sample`, `timestep`, `encoder_hidden_states` and the image feature that the adapter reads; for a
-                ControlNet `controlnet_cond`.
+            inputs: `sample`, `timestep`, `encoder_hidden_states` and the image feature that the adapter reads; for
+                Stable Diffusion XL `text_embeds` and `time_ids`, for a ControlNet `controlnet_cond`, too.
             scale: `ip_adapter_scale`.
             control: a ControlNet and its `controlnet_conditioning_scale`.
         """
@@ -77,19 +77,25 @@ class DiffusersStep:
             torch.from_numpy(inputs[name].astype(np.float32))
             for name in ("sample", "timestep", "encoder_hidden_states")
         )
+        added = {
+            tensor.name: torch.from_numpy(inputs[tensor.name].astype(np.float32))
+            for tensor in added_conditions(SDXL)
+            if tensor.name in inputs
+        }
         condition: Any = text
         if self._projection is not None:
             tokens = self._projection(torch.from_numpy(inputs[self._feature].astype(np.float32)))
             condition = (text, [tokens[:, None]])  # (batch, images, tokens, width)
             for attention in cross_attentions(self._unet).values():
                 attention.processor.scale = [scale]
-        added: dict[str, Any] = {}
         with torch.no_grad():
+            controlled: dict[str, Any] = {}
             if control is not None:
                 controlnet, weight = control
                 picture = torch.from_numpy(inputs["controlnet_cond"].astype(np.float32))
                 latents = sample[:, : controlnet.model.config.in_channels]  # an inpainting model takes more
                 *down, mid = (weight * residual for residual in controlnet(latents, timestep, text, picture))
-                added = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-            noise_pred: Array = self._unet(sample, timestep, condition, return_dict=False, **added)[0].numpy()
+                controlled = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+            output = self._unet(sample, timestep, condition, added_cond_kwargs=added, return_dict=False, **controlled)
+        noise_pred: Array = output[0].numpy()
         return noise_pred

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ipa.engines.bundle import hash_file
 from ipa.engines.errors import IpaError
 from ipa.engines.manifest import Defaults, ImageProcessorRecord, SourceRecord, VaeRecord
+from ipa.engines.spec import SDXL
 from ipa.export.changes import BaseChanges
 from ipa.export.clip_tokenizer import clip_tokenizer
+from ipa.export.family import check_changes, check_unet, family_of
 from ipa.export.lora import read_lora
 from ipa.export.single_file import SD15_CONFIG, Checkpoint, is_checkpoint
 from ipa.export.source import Part, Source
 from ipa.export.textual_inversion import add_embeddings, add_tokens, read_textual_inversion
-from ipa.export.vae_source import VaeSource
+from ipa.export.vae_source import VaeSource, check_vae
 
-_FAMILY_CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
-# UNet options that add inputs which the graph does not have.
-_UNSUPPORTED = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_SDXL_GUIDANCE_SCALE = 5.0
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
 class BasePipeline:
-    """A Stable Diffusion 1.x pipeline: configurations read and checked at once, weights when asked for."""
+    """A Stable Diffusion 1.x or XL pipeline: configurations read and checked at once, weights when asked for."""
 
     def __init__(self, base: str, image_encoder: str | None = None, changes: BaseChanges | None = None) -> None:
         """Read the configurations, and the files of `changes`.
@@ -54,11 +55,11 @@ class BasePipeline:
                 f"{self.source} has no model_index.json; --base takes a pipeline folder in diffusers format or a "
                 "checkpoint file, --config a folder of the same format"
             )
-        if index.get("_class_name") not in _FAMILY_CLASSES:
-            raise IpaError(
-                f"{base} is a {index.get('_class_name')}, which is not supported yet; expected a Stable Diffusion 1.x "
-                f"pipeline ({_FAMILY_CLASSES[0]})"
-            )
+        self.family = family_of(base, index)
+        check_changes(self.family, base, changes, self._checkpoint is not None)
+        self.force_zeros_for_empty_prompt = self.family == SDXL and bool(
+            index.get("force_zeros_for_empty_prompt", True)
+        )
         if image_encoder is not None:
             self.image_source, self._image_part = Source.parse(image_encoder, "image encoder"), ""
         elif self.source.file("image_encoder/config.json") is not None:
@@ -66,12 +67,16 @@ class BasePipeline:
         else:
             raise IpaError(
                 f"{base} has no image_encoder; pass --image-encoder DIR_OR_ID, the CLIP vision model that the adapter "
-                "was trained with (for the official SD1.5 adapters h94/IP-Adapter/models/image_encoder)"
+                "was trained with (for the official adapters h94/IP-Adapter/models/image_encoder; for ip-adapter_sdxl "
+                "h94/IP-Adapter/sdxl_models/image_encoder)"
             )
         self.unet_config = self._config("unet")
         self._vae = VaeSource(changes.vae, self._file("vae")) if changes.vae else None
         self.vae_config = self._config("vae") if self._vae is None else self._vae.config
-        self.text_config = CLIPTextConfig.from_dict(self._config("text_encoder")).to_dict()
+        check_vae(self.source, self.vae_config)
+        parts = ("text_encoder", "text_encoder_2") if self.family == SDXL else ("text_encoder",)
+        self.text_configs = {part: CLIPTextConfig.from_dict(self._config(part)).to_dict() for part in parts}
+        self.text_config = self.text_configs["text_encoder"]
         self.scheduler_config = self._config("scheduler", "scheduler_config.json")
         prefix = f"{self._image_part}/" if self._image_part else ""
         config = self.image_source.json(f"{prefix}config.json")
@@ -130,14 +135,10 @@ class BasePipeline:
         return self.source.json(f"{part}/{name}") or {}
 
     def _check_unet(self) -> None:
-        used = [option for option in _UNSUPPORTED if self.unet_config.get(option)]
-        if used:
-            raise IpaError(f"{self.source}: the unet uses {used[0]}, which is not supported yet")
-        widths = self.unet_config.get("cross_attention_dim"), self.text_config["hidden_size"]
-        if widths[0] != widths[1]:
-            raise IpaError(
-                f"{self.source}: the unet wants text of width {widths[0]}, the text encoder gives {widths[1]}"
-            )
+        check_unet(self.source, self.family, self.unet_config, self.text_width, self.text_embed_width)
+        lengths = {config["max_position_embeddings"] for config in self.text_configs.values()}
+        if len(lengths) > 1:
+            raise IpaError(f"{self.source}: the text encoders take {' and '.join(map(str, lengths))} tokens, not alike")
         channels, latent = self.unet_config.get("in_channels", 4), self.vae_config.get("latent_channels", 4)
         if channels not in (latent, 2 * latent + 1):
             raise IpaError(
@@ -167,6 +168,12 @@ class BasePipeline:
             return _frozen(self._checkpoint.load_vae(self._file("vae").parent))
         return _frozen(self.source.load(AutoencoderKL.from_pretrained, "vae"))
 
+    def load_text_encoder_2(self) -> Any:
+        """SDXL's `CLIPTextModelWithProjection`."""
+        from transformers import CLIPTextModelWithProjection
+
+        return _frozen(self.source.load(CLIPTextModelWithProjection.from_pretrained, "text_encoder_2"))
+
     def load_text_encoder(self) -> Any:
         """The `CLIPTextModel`: LoRAs and new words added, without the layers that are skipped.
 
@@ -193,25 +200,29 @@ class BasePipeline:
 
         return _frozen(self.image_source.load(CLIPVisionModelWithProjection.from_pretrained, self._image_part))
 
-    def load_tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer`, new words added; its padding section holds length and token to pad with."""
-        tokenizer = self._tokenizer()
+    def load_tokenizer(self, part: str = "tokenizer") -> Any:
+        """The `tokenizers.Tokenizer`, new words added; its padding section holds length and token to pad with.
+
+        Args:
+            part: `tokenizer`, or `tokenizer_2` in SDXL, which pads with another token.
+        """
+        tokenizer = self._tokenizer(part)
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.enable_padding(length=self.text_tokens, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
         return backend
 
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self, part: str = "tokenizer") -> Any:
         """The `CLIPTokenizer` with the new words, whose ids are kept."""
         from transformers import CLIPTokenizer
 
         # transformers makes an empty tokenizer of a folder that has no vocabulary
-        if any(self.source.file(f"tokenizer/{name}") for name in ("tokenizer.json", "vocab.json")):
-            tokenizer = self.source.load(_without_dtype(CLIPTokenizer.from_pretrained), "tokenizer")
-        elif merges := self.source.file("tokenizer/merges.txt"):
+        if any(self.source.file(f"{part}/{name}") for name in ("tokenizer.json", "vocab.json")):
+            tokenizer = self.source.load(_without_dtype(CLIPTokenizer.from_pretrained), part)
+        elif merges := self.source.file(f"{part}/merges.txt"):
             tokenizer = clip_tokenizer(merges, self.text_tokens)
         else:
-            raise IpaError(f"{self.source} has no tokenizer/tokenizer.json; the pipeline folder is incomplete")
+            raise IpaError(f"{self.source} has no {part}/tokenizer.json; the pipeline folder is incomplete")
         self._token_ids = add_tokens(tokenizer, self._inversions)
         return tokenizer
 
@@ -224,6 +235,24 @@ class BasePipeline:
         if self._vae is not None:
             found["vae"] = self._vae.record
         return found
+
+    @property
+    def text_width(self) -> int:
+        """Of the text encoders' states, side by side where there are two."""
+        return sum(int(config["hidden_size"]) for config in self.text_configs.values())
+
+    @property
+    def text_embed_width(self) -> int:
+        """Of SDXL's pooled text; 0 in other families."""
+        return int(self.text_configs["text_encoder_2"]["projection_dim"]) if self.family == SDXL else 0
+
+    @property
+    def needs_float32_vae(self) -> bool:
+        """Whether the VAE overflows in half precision: SDXL's own does, and says so; repaired ones say the contrary.
+
+        diffusers' SDXL pipelines read this option, those of Stable Diffusion 1.x do not, though it is set there, too.
+        """
+        return self.family == SDXL and bool(self.vae_config.get("force_upcast", True))
 
     @property
     def text_tokens(self) -> int:
@@ -251,10 +280,11 @@ class BasePipeline:
 
     @property
     def defaults(self) -> Defaults:
-        """The size the UNet was trained at."""
+        """The size the UNet was trained at; the guidance scale is that of diffusers' pipeline for the family."""
         sample_size, downscale = self.unet_config.get("sample_size") or 64, self.vae_record.downscale
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        return Defaults(height=height * downscale, width=width * downscale)
+        defaults = Defaults(height=height * downscale, width=width * downscale)
+        return replace(defaults, guidance_scale=_SDXL_GUIDANCE_SCALE) if self.family == SDXL else defaults
 
 
 def _edge(size: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,22 @@ from ipa.export.weight_files import SUFFIXES, check_file
 _CLASS = "AutoencoderKL"
 # What diffusers subtracts or divides by beside the scaling factor, in VAEs of later families.
 _UNSUPPORTED = ("shift_factor", "latents_mean", "latents_std")
+
+
+def check_vae(source: object, config: Mapping[str, Any]) -> None:
+    """Refuse a VAE whose latents differ from the UNet's by more than a factor.
+
+    Args:
+        source: for the message.
+        config: of the VAE.
+    Raises:
+        IpaError: names the option.
+    """
+    if used := [option for option in _UNSUPPORTED if config.get(option) is not None]:
+        raise IpaError(
+            f"{source}: its vae has a {used[0]}, which is not supported; expected one of Stable Diffusion 1.x or XL, "
+            "whose latents have a scaling factor alone"
+        )
 
 
 class VaeSource:
@@ -51,10 +68,7 @@ class VaeSource:
             )
         if config.get("_class_name", _CLASS) != _CLASS:
             raise IpaError(f"vae {vae} is a {config['_class_name']}, which is not supported; expected an {_CLASS}")
-        if used := [option for option in _UNSUPPORTED if config.get(option) is not None]:
-            raise IpaError(
-                f"vae {vae} has a {used[0]}, so it is for another family; expected one of Stable Diffusion 1.x"
-            )
+        check_vae(f"vae {vae}", config)
         self.config: dict[str, Any] = config
 
     @property

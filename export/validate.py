@@ -18,7 +18,7 @@ from ipa.engines.manifest import Manifest
 from ipa.engines.packed_kv import image_inputs, scale_values
 from ipa.engines.registry import backend_named, open_engine
 from ipa.engines.residuals import no_residuals
-from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, axis_size, residuals_of
+from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, added_conditions, axis_size, residuals_of
 from ipa.engines.tensorrt_library import MODULES
 from ipa.export.adapters import AdapterFile, AdapterWeights, read_adapter
 from ipa.export.cases import SIZES, Size, cases, free_axes, step_inputs
@@ -76,7 +76,6 @@ class Validator:
             self.bundle.controlnet(source.name)
         channels, downscale = dimensions.latent_channels, manifest.vae.downscale
         self._controlnets = read_controlnets(controlnets, self.base.unet_config, channels, downscale)
-        self._vocabulary = int(self.base.text_config["vocab_size"])
         self._sizes, self._largest = self._usable_sizes()
 
     def _usable_sizes(self) -> tuple[Sequence[Size], int | None]:
@@ -125,7 +124,8 @@ class Validator:
     def _component(self, name: str, engine: Engine, module: nn.Module) -> Check:
         module.eval()
         checks, tolerance = [], self._tolerance(engine)
-        for case, inputs in cases(engine.spec, self.bundle.manifest.vae.downscale, self._vocabulary, self._sizes):
+        vocabulary = int(self.base.text_configs.get(name, self.base.text_config)["vocab_size"])
+        for case, inputs in cases(engine.spec, self.bundle.manifest.vae.downscale, vocabulary, self._sizes):
             with torch.no_grad():
                 result = module(*(_tensor(inputs[tensor.name]) for tensor in engine.spec.inputs))
             outputs = result if isinstance(result, tuple) else (result,)
@@ -242,6 +242,7 @@ class Chain:
 
     def __init__(self, bundle: Bundle, engine: str) -> None:
         self._layout: KVLayout = bundle.manifest.kv_layout
+        self._family = bundle.manifest.family
         self.text_kv = bundle.open_component("text_kv", engine)
         self.unet = bundle.open_component("unet", engine)
 
@@ -264,7 +265,9 @@ class Chain:
         residuals = no_residuals(self.unet.spec, batch, height, width)
         if control is not None:
             residuals = _residuals(*control, inputs)
-        step = self.unet(sample=sample, timestep=inputs["timestep"], text_kv=text_kv, **images, **residuals)
+        added = {tensor.name: inputs[tensor.name] for tensor in added_conditions(self._family)}
+        others = {**added, **images, **residuals}
+        step = self.unet(sample=sample, timestep=inputs["timestep"], text_kv=text_kv, **others)
         return step["noise_pred"]
 
 

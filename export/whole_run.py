@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler
 
 from ipa.engines.engine import Array, Engine
 from ipa.engines.manifest import Manifest
+from ipa.engines.spec import SDXL
 from ipa.export.adapters import AdapterWeights
 from ipa.export.oracle import DiffusersStep
 from ipa.export.pipeline import BasePipeline
@@ -54,8 +55,8 @@ class WholeRuns:
         # What an inpainting model takes beside the latents, none in others.
         self._channels = random.standard_normal((2, taken - channels, height, width), np.float32)
         with torch.no_grad():
-            ids = random.integers(0, base.text_config["vocab_size"], (2, manifest.text_tokens))
-            text = base.load_text_encoder()(torch.from_numpy(ids)).last_hidden_state.numpy()
+            vocabulary = min(int(config["vocab_size"]) for config in base.text_configs.values())
+            text = self._text(torch.from_numpy(random.integers(0, vocabulary, (2, manifest.text_tokens))))
             size = manifest.components["image_encoder"].spec.inputs[0].axes[-1]
             pixels = torch.from_numpy(random.standard_normal((1, 3, int(size), int(size)), np.float32))
             encoded = base.load_image_encoder()(
@@ -65,9 +66,22 @@ class WholeRuns:
         # The negative half as adapters are given it: base ones get zeros, the others what zero pixels are encoded to.
         image_embeds = np.concatenate([np.zeros_like(embeds[:1]), embeds[1:]])
         self._conditions = {
-            "encoder_hidden_states": text,
+            **text,
             "image_embeds": image_embeds,
             "hidden_states": hidden_states,
+        }
+
+    def _text(self, ids: torch.Tensor) -> dict[str, Array]:
+        """What the family's text encoders make of negative and positive ids."""
+        if self._base.family != SDXL:
+            return {"encoder_hidden_states": self._base.load_text_encoder()(ids).last_hidden_state.numpy()}
+        first = self._base.load_text_encoder()(ids, output_hidden_states=True).hidden_states[-2]
+        second = self._base.load_text_encoder_2()(ids, output_hidden_states=True)
+        size = [self._defaults.height, self._defaults.width]
+        return {
+            "encoder_hidden_states": torch.cat([first, second.hidden_states[-2]], dim=-1).numpy(),
+            "text_embeds": second.text_embeds.numpy(),
+            "time_ids": np.array([[*size, 0, 0, *size]] * 2, np.float32),
         }
 
     def references(self, weights: AdapterWeights | None) -> list[tuple[Array, Array]]:
@@ -92,7 +106,8 @@ class WholeRuns:
         """The pictures that engines make, one a run; as `references`.
 
         Args:
-            step: predicted noise for `sample`, `timestep`, `encoder_hidden_states` and the image features.
+            step: predicted noise for `sample`, `timestep`, `encoder_hidden_states` and the image features; for Stable
+                Diffusion XL `text_embeds` and `time_ids`, too.
             decoder: opened component `vae_decoder`.
         """
         pictures = []
@@ -106,7 +121,9 @@ class WholeRuns:
         scheduler = DDIMScheduler.from_config(self._base.scheduler_config)
         scheduler.set_timesteps(STEPS)
         latents = torch.from_numpy(noise)
-        conditions = {name: array.astype(dtype) for name, array in self._conditions.items()}
+        conditions = {
+            name: array if name == "time_ids" else array.astype(dtype) for name, array in self._conditions.items()
+        }
         for timestep in scheduler.timesteps:
             sample = np.concatenate([np.concatenate([latents.numpy()] * 2), self._channels], axis=1).astype(dtype)
             inputs = {"sample": sample, "timestep": np.asarray(timestep, np.float32), **conditions}

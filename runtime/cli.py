@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -18,6 +20,20 @@ SCHEDULERS = "ddim, pndm, euler, euler-ancestral, dpm++-2m, dpm++-2m-karras, uni
 EXIT_FAILED = 1  # some requests of many
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+def _pair(separator: str) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, int] | None]:
+    """Reads two whole numbers, `WxH` or `X,Y`, as diffusers has them: the vertical one first."""
+
+    def parse(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, int] | None:
+        if text is None:
+            return None
+        numbers = text.split(separator)
+        if len(numbers) != 2 or not all(re.fullmatch("[0-9]{1,9}", number) for number in numbers):
+            raise click.BadParameter(f"{text!r} is not {option.metavar}, such as 1024{separator}768")
+        return int(numbers[1]), int(numbers[0])
+
+    return parse
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -52,6 +68,14 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.option("--num-images", type=int, metavar="N", help="How many pictures to make at once.  [default: 1]")
 @click.option("--height", type=int, metavar="H", help="Pixels, a multiple of 8.")
 @click.option("--width", type=int, metavar="W", help="Pixels, a multiple of 8.")
+@click.option(
+    "--original-size",
+    callback=_pair("x"),
+    metavar="WxH",
+    help="SDXL: as if cut from so large.",
+)
+@click.option("--crop", "crops_coords_top_left", callback=_pair(","), metavar="X,Y", help="SDXL: as if cut here.")
+@click.option("--target-size", callback=_pair("x"), metavar="WxH", help="SDXL: as if made so large.")
 @click.option("--scheduler", metavar="NAME", help=f"Noise scheduler: {SCHEDULERS}.  [default: the bundle's]")
 @click.option("--eta", type=float, metavar="E", help="Noise added back at each DDIM step, 0 to 1.  [default: 0]")
 @click.option("--engine", metavar="NAME", help="auto, or one of those that `ipa-doctor` lists.  [default: auto]")

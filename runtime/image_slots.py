@@ -20,7 +20,7 @@ from ipa.runtime.block_scales import layer_scales
 from ipa.runtime.conditioning import guidance_batch, image_features
 from ipa.runtime.image_prompt import ImagePrompt, check_masks
 from ipa.runtime.images import open_image, preprocess
-from ipa.runtime.kept import Kept
+from ipa.runtime.kept import Kept, Outputs
 from ipa.runtime.masks import binary_mask, mask_level
 
 OpenEngine = Callable[[str], Engine]  # by component
@@ -129,12 +129,13 @@ def prompt_features(one: OpenedPrompt, bundle: Bundle, engine: OpenEngine, kept:
     name = str(one.prompt.adapter)
     record = bundle.adapter(name)
 
-    def encode(image: Image.Image) -> Array:
+    def encode(image: Image.Image) -> Outputs:
         pixel_values = preprocess([image], bundle.manifest.image_processor)
-        return image_features(engine("image_encoder"), pixel_values, name, record)
+        return {record.feature: image_features(engine("image_encoder"), pixel_values, name, record)}
 
     kind = ("features", record.feature, record.negative)
-    return np.stack([kept.get((*kind, *_content(image)), partial(encode, image)) for image in one.images], axis=1)
+    made = [kept.get((*kind, *_content(image)), partial(encode, image)) for image in one.images]
+    return np.stack([outputs[record.feature] for outputs in made], axis=1)
 
 
 def _keys_values(one: OpenedPrompt, bundle: Bundle, engine: OpenEngine, kept: Kept) -> list[Array]:
@@ -142,16 +143,14 @@ def _keys_values(one: OpenedPrompt, bundle: Bundle, engine: OpenEngine, kept: Ke
     name = str(one.prompt.adapter)
     feature = bundle.adapter(name).feature
 
-    def project(features: Array) -> Array:
-        return engine(f"ip_adapter/{name}")(**{feature: features})["image_kv"]
+    def project(features: Array) -> Outputs:
+        return engine(f"ip_adapter/{name}")(**{feature: features})
 
     features = [
         np.ascontiguousarray(halves) for halves in np.moveaxis(prompt_features(one, bundle, engine, kept), 1, 0)
     ]
-    return [
-        kept.get(("image_kv", name, hashlib.sha256(array.tobytes()).digest()), partial(project, array))
-        for array in features
-    ]
+    keys = [("image_kv", name, hashlib.sha256(array.tobytes()).digest()) for array in features]
+    return [kept.get(key, partial(project, array))["image_kv"] for key, array in zip(keys, features, strict=True)]
 
 
 def _content(image: Image.Image) -> tuple[object, ...]:

@@ -31,7 +31,7 @@ from ipa.runtime.kept import Kept
 from ipa.runtime.request import Request
 from ipa.runtime.run import Run
 from ipa.runtime.schedulers import Schedule, create_scheduler
-from ipa.runtime.tokenizer import Tokenizer
+from ipa.runtime.text import Text
 
 Array = NDArray[Any]
 Callback = Callable[[Step], None]
@@ -78,7 +78,7 @@ class Pipeline(Closing):
         self._engines: dict[str, Engine] = {}
         self._kept = Kept()
         self._closed_load_seconds = 0.0
-        self._tokenizer = Tokenizer.open(bundle.file(self.manifest.tokenizer), self.manifest.text_tokens)
+        self._text = Text(bundle, self._engine, self._kept)
         self._scheduler_config = _read_json(bundle.file(self.manifest.scheduler))
 
     @classmethod
@@ -152,7 +152,7 @@ class Pipeline(Closing):
         if self.keep_engines:  # all at once: what cannot be opened is known before the work starts
             self._load([run.request for run in runs])
         with self._stage("text", seconds):
-            runs = [run.with_text(*self._text_kv(run.request)) for run in runs]
+            runs = [run.with_text(*self._text.encode(run.request)) for run in runs]
         with self._stage("image", seconds):
             runs = [run.with_slots(self._slots(run)) for run in runs]
         with self._stage("denoise", seconds):
@@ -179,7 +179,7 @@ class Pipeline(Closing):
     def steps(self, request: Request) -> Iterator[Step]:
         """The denoising loop alone, as a generator: the last step's latents are the final ones."""
         run = self._prepared(request)
-        run = run.with_text(*self._text_kv(run.request))
+        run = run.with_text(*self._text.encode(run.request))
         return self._denoise([run.with_slots(self._slots(run))])
 
     def image_embeds(self, prompt: ImagePrompt) -> Array:
@@ -214,7 +214,7 @@ class Pipeline(Closing):
         return (*numbers, request.scheduler, *task, *tokens, *embeds, controls)
 
     def _load(self, requests: Sequence[Request]) -> None:
-        names = ["text_encoder", "text_kv", "unet", "vae_decoder"]
+        names = [*self._text.components, "unet", "vae_decoder"]
         prompts = [prompt for request in requests for prompt in request.all_image_prompts]
         names += ["image_encoder"] if any(prompt.images for prompt in prompts) else []
         names += {f"ip_adapter/{prompt.adapter}": None for prompt in prompts}
@@ -271,40 +271,11 @@ class Pipeline(Closing):
                 "add --init-image and --mask-image"
             )
 
-    def _text_kv(self, request: Request) -> tuple[Array, list[str]]:
-        """Keys and values of negative and positive prompt, (2, text_tokens, kv), and warnings."""
-        texts = {"negative prompt": request.negative_prompt, "prompt": request.prompt}
-        encodings = {name: self._tokenizer.encode(text) for name, text in texts.items()}
-        warnings = [
-            f"the {name} is longer than {self.manifest.text_tokens - 2} tokens; this was cut off: {encoding.cut!r}"
-            for name, encoding in encodings.items()
-            if encoding.cut
-        ]
-        if request.negative_prompt and not request.has_guidance:
-            warnings.append(f"the negative prompt has no effect at guidance scale {request.guidance_scale}")
-        input_ids = np.stack([encoding.ids for encoding in encodings.values()])
-
-        def encode() -> Array:
-            states = self._encoder_hidden_states(input_ids)
-            return self._engine("text_kv")(encoder_hidden_states=states)["text_kv"]
-
-        return self._kept.get(("text_kv", input_ids.tobytes()), encode), warnings
-
-    def _encoder_hidden_states(self, input_ids: Array) -> Array:
-        """The text itself, (2, text_tokens, width)."""
-
-        def encode() -> Array:
-            return self._engine("text_encoder")(input_ids=input_ids)["encoder_hidden_states"]
-
-        return self._kept.get(("encoder_hidden_states", input_ids.tobytes()), encode)
-
     def _controlled(self, run: Run) -> ControlledRun:
         """What ControlNets take of a request; its text is kept since it was encoded."""
-        request, states = run.request, None
+        request = run.request
         assert request.height and request.width
-        if run.controls:
-            texts = (request.negative_prompt, request.prompt)
-            states = self._encoder_hidden_states(np.stack([self._tokenizer.encode(text).ids for text in texts]))
+        states = self._text.encoder_hidden_states(request) if run.controls else None
         return ControlledRun(run.controls, states, run.count, request.height, request.width)
 
     def _slots(self, run: Run) -> list[Slot]:
@@ -329,8 +300,10 @@ class Pipeline(Closing):
             [beginner.begin(run.request, run.schedule, shape, run.init_image, run.mask_image) for run in runs]
         )
         counts, has_guidance = [run.count for run in runs], request.has_guidance
-        text_kv = guidance_batch([run.text_kv for run in runs if run.text_kv is not None], counts, has_guidance)
-        text_kv.flags.writeable = False  # so an engine may keep its copy over the steps
+        names = runs[0].text
+        text = {name: guidance_batch([run.text[name] for run in runs], counts, has_guidance) for name in names}
+        for array in text.values():
+            array.flags.writeable = False  # so an engine may keep its copy over the steps
         slots = [run.slots for run in runs]
         images = SlotInputs(slots, counts, unet.spec, self.manifest.kv_layout, shape[1:], has_guidance)
         controlled = [self._controlled(run) for run in runs]
@@ -340,7 +313,7 @@ class Pipeline(Closing):
 
         def conditions(index: int, sample: NDArray[np.float32], timestep: float) -> Mapping[str, Array]:
             count = len(schedule.timesteps)
-            return {"text_kv": text_kv, **images.at(index, count), **controls.at(index, count, sample, timestep)}
+            return {**text, **images.at(index, count), **controls.at(index, count, sample, timestep)}
 
         guidance = Guidance(request.guidance_scale or 1.0, request.guidance_rescale) if has_guidance else None
         return denoise(unet, schedule, begin, conditions, guidance)

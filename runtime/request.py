@@ -11,6 +11,7 @@ from PIL import Image
 
 from ipa.engines.errors import RequestError
 from ipa.engines.manifest import Manifest
+from ipa.engines.spec import SDXL
 from ipa.runtime.block_scales import Scale, check_scale
 from ipa.runtime.control_image import ControlImage
 from ipa.runtime.image_prompt import ImagePrompt, ImageSource
@@ -21,7 +22,9 @@ SIZE_MULTIPLE = 8  # pixels per latent
 MIN_SIZE, MAX_SIZE = 64, 4096
 MAX_STEPS = 1000
 MAX_IMAGES = 256
+MAX_SIZE_CONDITION = 65_536
 _IMAGE_STRENGTH = 0.8
+_SIZE_CONDITIONS = {"original_size": 1, "crops_coords_top_left": 0, "target_size": 1}  # and their least number
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Request:
     Attributes:
         prompt: may be empty: the image alone then decides.
         image: the image prompt; `None` asks for the base model without an adapter.
-        negative_prompt: what to move away from, when guidance is on.
+        negative_prompt: what to move away from, when guidance is on. An empty one counts as not given: Stable Diffusion
+            XL takes zeros for it if its pipeline says `force_zeros_for_empty_prompt`, as diffusers does for `None`.
         init_image: the picture to start from: image to image.
         mask_image: where `init_image` is made anew: white; the rest stays.
         strength: how far from `init_image`, above 0 up to 1: the share of the steps that run. `None` is 0.8, with a
@@ -50,6 +54,9 @@ class Request:
         height, width: pixels, multiples of 8; `None` is what `init_image` has, else the bundle's default.
         scheduler: one of `ipa.runtime.schedulers.SCHEDULER_NAMES`; `None` is the bundle's own.
         eta: noise added back at each step, DDIM only; 0 is deterministic.
+        original_size, crops_coords_top_left, target_size: what Stable Diffusion XL is told of the picture, in pixels:
+            (height, width) before it was cropped, (top, left) of the crop, (height, width) after it. `None` is the
+            picture's own size, and no crop. Source: arXiv:2307.01952, section 2.2.
     """
 
     prompt: str = ""
@@ -73,6 +80,9 @@ class Request:
     width: int | None = None
     scheduler: str | None = None
     eta: float = 0.0
+    original_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -126,10 +136,23 @@ class Request:
         for name in ("eta", "guidance_rescale"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RequestError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        for name, least in _SIZE_CONDITIONS.items():
+            pair: object = getattr(self, name)
+            if isinstance(pair, list):  # of a JSON record
+                object.__setattr__(self, name, tuple(pair))
+            if pair is not None and not (isinstance(pair, tuple | list) and len(pair) == 2):
+                raise RequestError(f"{name} is {pair!r}, expected two whole numbers")
+            for number in pair or ():
+                _check_int(name, number, least, MAX_SIZE_CONDITION)
 
     def resolved(self, manifest: Manifest) -> Request:
         """This request with the bundle's defaults filled in and a seed drawn."""
         defaults = manifest.defaults
+        given = [name for name in _SIZE_CONDITIONS if getattr(self, name) is not None]
+        if given and manifest.family != SDXL:
+            raise RequestError(
+                f"{given[0]} is for Stable Diffusion XL, this bundle is of the family '{manifest.family}': leave it out"
+            )
         chosen = {
             item.name: getattr(defaults, item.name)
             for item in fields(defaults)
@@ -179,6 +202,12 @@ class Request:
         """
         steps = self.num_inference_steps or 0
         return 0 if self.strength is None else steps - min(int(steps * self.strength), steps)
+
+    @property
+    def time_ids(self) -> tuple[int, ...]:
+        """Original size, crop and target size, where the request is resolved."""
+        size = (self.height or 0, self.width or 0)
+        return (*(self.original_size or size), *(self.crops_coords_top_left or (0, 0)), *(self.target_size or size))
 
     @property
     def has_image(self) -> bool:

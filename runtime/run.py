@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ class Run:
         prompts: its image prompts, opened.
         init_image, mask_image: opened.
         controls: opened.
-        text_kv: (2, text_tokens, kv) keys and values of negative and positive prompt.
+        text: what the UNet is told of the text, by input: (2, ...) negative and positive, (1, ...) where alike.
         slots: what the UNet's image slots show.
         warnings: for the user.
     """
@@ -38,13 +38,13 @@ class Run:
     init_image: Image.Image | None = None
     mask_image: Image.Image | None = None
     controls: tuple[ControlImage, ...] = ()
-    text_kv: Array | None = None
+    text: Mapping[str, Array] = field(default_factory=dict)
     slots: tuple[Slot, ...] = ()
     warnings: tuple[str, ...] = ()
 
-    def with_text(self, text_kv: Array, warnings: Sequence[str]) -> Self:
+    def with_text(self, text: Mapping[str, Array], warnings: Sequence[str]) -> Self:
         """This with the text encoded."""
-        return replace(self, text_kv=text_kv, warnings=(*self.warnings, *warnings))
+        return replace(self, text=text, warnings=(*self.warnings, *warnings))
 
     def with_slots(self, slots: Sequence[Slot]) -> Self:
         """This with the image prompts encoded."""

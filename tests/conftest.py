@@ -153,3 +153,48 @@ def _with_kinds(bundle: Path, folder: Path, files: dict[str, Path]) -> None:
     shutil.copytree(bundle, folder)
     for kind in ("plus", "full-face"):
         add_adapter(folder, AdapterFile(kind, files[kind]), force=False, is_default=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_base(session_folder: Path) -> Path:
+    """Folder of a tiny random Stable Diffusion XL. Read only."""
+    from tiny_xl import tiny_xl_pipeline
+
+    return made_once(session_folder, "tiny_xl_base", tiny_xl_pipeline)
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_files(session_folder: Path, tiny_xl_base: Path) -> dict[str, Path]:
+    """Random adapters for `tiny_xl_base`, of the kinds `base` and `plus`."""
+    from tiny import tiny_adapter
+
+    config = json.loads((tiny_xl_base / "unet" / "config.json").read_text())
+    base = made_once(session_folder, "tiny_xl_adapter.safetensors", lambda file: tiny_adapter(config, file))
+    plus = made_once(
+        session_folder, "tiny_xl_plus.bin", lambda file: tiny_adapter(config, file, tokens=16, seed=1, kind="plus")
+    )
+    return {"base": base, "plus": plus}
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_bundle(session_folder: Path, tiny_xl_base: Path, tiny_xl_files: dict[str, Path]) -> Path:
+    """An FP32 bundle of `tiny_xl_base` with both adapters, named by their kinds. Read only."""
+    return made_once(
+        session_folder, "tiny_xl_bundle", lambda folder: _export_xl(tiny_xl_base, tiny_xl_files, folder, "float32")
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_half_bundle(session_folder: Path, tiny_xl_base: Path, tiny_xl_files: dict[str, Path]) -> Path:
+    """As `tiny_xl_bundle`, in FP16."""
+    return made_once(
+        session_folder, "tiny_xl_half_bundle", lambda folder: _export_xl(tiny_xl_base, tiny_xl_files, folder, "float16")
+    )
+
+
+def _export_xl(base: Path, files: dict[str, Path], output: Path, dtype: str) -> None:
+    from ipa.export.adapters import AdapterFile
+    from ipa.export.build import ExportRequest, export_bundle
+
+    adapters = tuple(AdapterFile(name, file) for name, file in files.items())
+    export_bundle(ExportRequest(base=str(base), output=output, adapters=adapters, dtype=dtype))

@@ -90,7 +90,7 @@ def tiny_pipeline(
     )
     image_encoder = tiny_image_encoder()
     for model in (unet, vae, text_encoder, image_encoder):
-        _shake(model)
+        shake(model)
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -130,7 +130,7 @@ def tiny_image_encoder() -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(config)
 
 
-def tiny_tokenizer() -> CLIPTokenizer:
+def tiny_tokenizer(**options: Any) -> CLIPTokenizer:
     """CLIP's byte-level encoding; the last letters of `WORDS` are merged pair by pair, all else falls into bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
@@ -143,7 +143,8 @@ def tiny_tokenizer() -> CLIPTokenizer:
             piece = letter + piece
     tokens = [*alphabet, *(symbol + "</w>" for symbol in alphabet), *(first + second for first, second in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=77)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77, **options)
 
 
 def tiny_adapter(
@@ -227,7 +228,7 @@ def tiny_controlnet(base: Path, folder: Path, seed: int = 0, **config: Any) -> P
     if config:
         old = {name: value for name, value in model.config.items() if name != "_use_default_values"}
         model = ControlNetModel.from_config({**old, **config})
-    _shake(model)
+    shake(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("controlnet_") and name.endswith("weight"):  # the zero convolutions, too
@@ -239,18 +240,16 @@ def tiny_controlnet(base: Path, folder: Path, seed: int = 0, **config: Any) -> P
 def cross_attention_widths(unet_config: dict[str, Any]) -> list[int]:
     """Width of every cross-attention layer: down blocks, up blocks, mid block last."""
     widths, layers = unet_config["block_out_channels"], unet_config["layers_per_block"]
-    down = [
-        w
-        for w, kind in zip(widths, unet_config["down_block_types"], strict=True)
-        for _ in range(layers)
-        if "Cross" in kind
-    ]
-    ups = zip(reversed(widths), unet_config["up_block_types"], strict=True)
-    up = [w for w, kind in ups for _ in range(layers + 1) if "Cross" in kind]
-    return [*down, *up, widths[-1]]
+    depths = unet_config.get("transformer_layers_per_block", 1)
+    depths = [depths] * len(widths) if isinstance(depths, int) else depths
+    downs = zip(widths, unet_config["down_block_types"], depths, strict=True)
+    ups = zip(reversed(widths), unet_config["up_block_types"], reversed(depths), strict=True)
+    down = [w for w, kind, depth in downs for _ in range(layers * depth) if "Cross" in kind]
+    up = [w for w, kind, depth in ups for _ in range((layers + 1) * depth) if "Cross" in kind]
+    return [*down, *up, *[widths[-1]] * depths[-1]]
 
 
-def _shake(model: torch.nn.Module) -> None:
+def shake(model: torch.nn.Module) -> None:
     """Move every parameter off its default, so that no bias is 0 and no norm is the identity."""
     with torch.no_grad():
         for parameter in model.parameters():
