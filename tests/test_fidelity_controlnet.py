@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     UNet2DConditionModel,
 )
+from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
 
 from ipa.engines.errors import IpaError, RequestError
+from ipa.engines.spec import ImageSlots
+from ipa.export.adapters import AdapterFile
 from ipa.export.build import ExportRequest, export_bundle
 from ipa.export.controlnets import ControlNetSource
-from ipa.runtime import ControlImage, Pipeline, Request
+from ipa.runtime import ControlImage, ImagePrompt, Pipeline, Request
 
 SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "euler": EulerDiscreteScheduler}
 
@@ -224,6 +228,32 @@ def test_an_inpainting_model(
     expected = run_diffusers(models, base, tiny_adapter_file, named, kind, **begin)
     with Pipeline.open(bundle, engine="onnxruntime") as pipe:
         assert_close(last_latents(pipe, request), expected)
+
+
+def test_masks_of_image_prompts(
+    session_folder: Path,
+    models: dict[str, Any],
+    tiny_base: Path,
+    tiny_adapter_file: Path,
+    tiny_controlnets: dict[str, Path],
+) -> None:
+    """The UNet with all its inputs: two slots, masks and residuals."""
+    given = ExportRequest(
+        str(tiny_base),
+        Path(),
+        adapters=(AdapterFile("tiny", tiny_adapter_file),),
+        slots=ImageSlots(2, has_masks=True),
+        controlnets=(ControlNetSource("edges", str(tiny_controlnets["edges"])),),
+    )
+    bundle = made_once(
+        session_folder, "tiny_masked_control_bundle", lambda output: export_bundle(replace(given, output=output))
+    )
+    mask = IPAdapterMaskProcessor().preprocess([hole()], height=64, width=64).reshape(1, 1, 64, 64)
+    extra = {"cross_attention_kwargs": {"ip_adapter_masks": [mask]}}
+    expected = run_diffusers(models, tiny_base, tiny_adapter_file, make_request(EDGES, **IMAGE), **extra)
+    prompt = ImagePrompt((picture(9),), scale=0.7, masks=(hole(),))
+    with Pipeline.open(bundle, engine="onnxruntime") as pipe:
+        assert_close(last_latents(pipe, make_request(EDGES, image_prompts=(prompt,))), expected)
 
 
 @pytest.mark.parametrize("fields", [{}, IMAGE])
