@@ -14,12 +14,14 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from oracle import diffusers_unet
+from safetensors import safe_open
 from tiny import WIDTHS, tiny_tokenizer
 from tiny_xl import TEXT_EMBED_WIDTH, TEXT_WIDTHS, TIME_EMBED
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ipa.benchmarks.full_size import CLIP_TEXT_2, FULL_XL, Sizes, write_pipeline
 from ipa.engines.bundle import Bundle
 from ipa.engines.errors import BundleError, IpaError, RequestError
 from ipa.engines.manifest import FILE_NAME
@@ -243,6 +245,33 @@ def test_a_family_of_a_later_version_is_refused(tiny_xl_bundle: Path, tmp_path: 
     (tmp_path / FILE_NAME).write_text((tiny_xl_bundle / FILE_NAME).read_text().replace('"sdxl"', '"sd9"'))
     with pytest.raises(BundleError, match=r"of the family 'sd9', this ipa-runtime knows sd15, sdxl; upgrade"):
         Bundle.open(tmp_path)
+
+
+def test_the_full_size_is_the_published_one() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**FULL_XL.unet)
+        text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**FULL_XL.text_2))
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 2_567_463_684
+    assert sum(parameter.numel() for parameter in text_encoder_2.parameters()) == 694_659_840
+
+
+def test_random_pipelines_for_benchmarks_open(tmp_path: Path) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    unet = {"block_out_channels": (32, 64, 64), "transformer_layers_per_block": 1, "cross_attention_dim": 128}
+    unet |= {"attention_head_dim": 2, "norm_num_groups": 8, "projection_class_embeddings_input_dim": 1280 + 6 * 256}
+    sizes = Sizes(
+        {**FULL_XL.unet, **unet},
+        {**FULL_XL.vae, "block_out_channels": (16, 16, 32, 32), "norm_num_groups": 8},
+        {**FULL_XL.text, **small},
+        {**FULL_XL.vision, **small},
+        {**CLIP_TEXT_2, **small},
+    )
+    write_pipeline(tmp_path / "base", sizes=sizes, dtype="float16")
+    base = BasePipeline(str(tmp_path / "base"))
+    assert (base.family, base.defaults.width, base.text_width, base.text_embed_width) == ("sdxl", 1024, 128, 1280)
+    assert base.load_tokenizer("tokenizer_2").padding["pad_token"] == "!"
+    with safe_open(tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert file.get_slice("conv_in.weight").get_dtype() == "F16"
 
 
 def test_sizes_on_the_command_line(tiny_xl_bundle: Path, tmp_path: Path) -> None:
