@@ -64,7 +64,8 @@ class Checkpoint:
             family = "an inpainting model" if channels == 9 else f"a model that takes {channels} channels"
         if family is not None:
             raise IpaError(
-                f"base model {self.path} is {family}, which is not supported yet; expected Stable Diffusion 1.x"
+                f"base model {self.path} is {family}, which is not supported yet as a single file; expected Stable "
+                "Diffusion 1.x, or a pipeline folder in diffusers format"
             )
 
     def _read_pickle(self) -> dict[str, Tensor]:

@@ -144,9 +144,13 @@ def edit_config(path: str, **fields: object) -> Callable[[Path], None]:
 
 BAD_BASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no model_index.json": (lambda base: (base / "model_index.json").unlink(), "no model_index.json"),
-    "xl": (
+    "another family": (
+        edit_config("model_index.json", _class_name="StableDiffusion3Pipeline"),
+        "StableDiffusion3Pipeline, which is not supported",
+    ),
+    "half an xl": (
         edit_config("model_index.json", _class_name="StableDiffusionXLPipeline"),
-        "StableDiffusionXLPipeline, which is not supported",
+        "no text_encoder_2/config.json",
     ),
     "no image encoder": (lambda base: shutil.rmtree(base / "image_encoder"), "--image-encoder"),
     "no unet": (lambda base: shutil.rmtree(base / "unet"), "no unet/config.json"),

@@ -17,7 +17,7 @@ import torch
 from adapter_files import Shapes, base_shapes, flat, full_face_shapes, layer_shapes, resampler_shapes
 from safetensors.torch import save_file
 
-from ipa.benchmarks.full_size import SD15_UNET
+from ipa.benchmarks.full_size import SD15_UNET, SDXL_UNET
 from ipa.engines.engine import GraphFile
 from ipa.engines.errors import IpaError
 from ipa.engines.registry import open_engine
@@ -28,20 +28,6 @@ from ipa.export.hoist import config_kv_layout
 from ipa.export.onnx_export import export_graph
 from ipa.export.oracle_projections import diffusers_projection
 
-SDXL_UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 UNETS: dict[str, tuple[dict[str, Any], int]] = {"sd15": (SD15_UNET, 19_169_280), "sdxl": (SDXL_UNET, 340_787_200)}
 ENCODERS = {"ViT-H": (1024, 1280), "ViT-bigG": (1280, 1664)}  # widths of embedding and hidden states
 PLUS_SDXL = resampler_shapes(1280, 16, 2048, latent_width=1280, attention_width=1280)
