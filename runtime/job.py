@@ -100,7 +100,10 @@ class Job:
         if "image_prompts" in given:
             fields = {name: value for name, value in fields.items() if name not in _IMAGE_FIELDS}
         elif "image_prompts" in fields:
-            fields["image_prompts"] = tuple(map(ImagePrompt.from_record, fields["image_prompts"]))
+            prompts = fields["image_prompts"]
+            if not isinstance(prompts, list):
+                raise RequestError(f"{source}: image_prompts is {prompts!r}, expected a list; give --image yourself")
+            fields["image_prompts"] = tuple(map(ImagePrompt.from_record, prompts))
         if "controls" in fields and "controls" not in given:
             fields["controls"] = ControlImage.from_records(fields["controls"])
         request = Request(**{**fields, **given})
