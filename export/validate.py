@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,13 +14,12 @@ from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.engine import Array, Engine
 from ipa.engines.errors import EngineError, IpaError
 from ipa.engines.manifest import Manifest
-from ipa.engines.packed_kv import image_inputs, scale_values
 from ipa.engines.registry import backend_named, open_engine
-from ipa.engines.residuals import no_residuals
-from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, added_conditions, axis_size, residuals_of
+from ipa.engines.spec import ComponentSpec, ImageSlots, axis_size, residuals_of
 from ipa.engines.tensorrt_library import MODULES
 from ipa.export.adapters import AdapterFile, AdapterWeights, read_adapter
 from ipa.export.cases import SIZES, Size, cases, free_axes, step_inputs
+from ipa.export.chain import Chain
 from ipa.export.changes import BaseChanges, check_source, repeated
 from ipa.export.checks import TOLERANCES, Check, agreement, change, failure, median, picture, worst
 from ipa.export.controlnets import ControlNet, ControlNetSource, read_controlnets
@@ -106,9 +104,10 @@ class Validator:
             with self.bundle.open_component(f"ip_adapter/{name}", self.engine) as engine:
                 yield self._component(f"ip_adapter/{name}", engine, weights.module())
         progress("step")
-        yield from self._steps()
-        progress("run")
-        yield from self._runs()
+        with Chain(self.bundle, self.engine) as chain:
+            yield from self._steps(chain)
+            progress("run")
+            yield from self._runs(chain)
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
         """What the graphs are compared with, one part loaded at a time."""
@@ -140,32 +139,30 @@ class Validator:
                 return failure(name, f"{case}: {error}", tolerance)
         return worst(checks)
 
-    def _steps(self) -> Iterator[Check]:
-        chain = Chain(self.bundle, self.engine)
+    def _steps(self, chain: Chain) -> Iterator[Check]:
         tolerance = self._tolerance(chain.unet)
-        with chain.text_kv, chain.unet:
-            try:
-                base_model = DiffusersStep(self.base.load_unet(), None)
-                pairs = [
-                    agreement("step, no adapter", case, {"": chain(inputs)}, {"": base_model(inputs, 0.0)}, tolerance)
-                    for case, inputs in step_inputs(self.bundle.manifest, self._sizes)
-                ]
-                yield worst(pairs)
-            except EngineError as error:
-                yield failure("step, no adapter", str(error), tolerance)
-                return
-            for name, weights in self._adapters.items():
-                with self.bundle.open_component(f"ip_adapter/{name}", self.engine) as adapter:
-                    try:
-                        yield from self._adapter_steps(name, weights, chain, adapter)
-                    except EngineError as error:
-                        yield failure(f"step, {name}", str(error), tolerance)
-            for control in self._controlnets:
-                with self.bundle.open_component(f"controlnet/{control.name}", self.engine) as controlnet:
-                    try:
-                        yield from self._control_steps(control, base_model, chain, controlnet)
-                    except EngineError as error:
-                        yield failure(f"step, controlnet/{control.name}", str(error), tolerance)
+        try:
+            base_model = DiffusersStep(self.base.load_unet(), None)
+            pairs = [
+                agreement("step, no adapter", case, {"": chain(inputs)}, {"": base_model(inputs, 0.0)}, tolerance)
+                for case, inputs in step_inputs(self.bundle.manifest, self._sizes)
+            ]
+            yield worst(pairs)
+        except EngineError as error:
+            yield failure("step, no adapter", str(error), tolerance)
+            return
+        for name, weights in self._adapters.items():
+            with self.bundle.open_component(f"ip_adapter/{name}", self.engine) as adapter:
+                try:
+                    yield from self._adapter_steps(name, weights, chain, adapter)
+                except EngineError as error:
+                    yield failure(f"step, {name}", str(error), tolerance)
+        for control in self._controlnets:
+            with self.bundle.open_component(f"controlnet/{control.name}", self.engine) as controlnet:
+                try:
+                    yield from self._control_steps(control, base_model, chain, controlnet)
+                except EngineError as error:
+                    yield failure(f"step, controlnet/{control.name}", str(error), tolerance)
 
     def _control_steps(
         self, control: ControlNet, base_model: DiffusersStep, chain: Chain, controlnet: Engine
@@ -211,71 +208,34 @@ class Validator:
         yield change(f"step, {name}, moves with image", output, chain(other, adapter, 1.0), largest.relative_error)
         yield change(f"step, {name}, moves with scale", output, chain(inputs, adapter, 0.0), largest.relative_error)
 
-    def _runs(self) -> Iterator[Check]:
+    def _runs(self, chain: Chain) -> Iterator[Check]:
         runs = WholeRuns(self.bundle.manifest, self.base, self._largest)
-        yield self._run(runs, "run, no adapter", None)
-        for name, weights in self._adapters.items():
-            yield self._run(runs, f"run, {name}", weights, f"ip_adapter/{name}")
-
-    def _run(self, runs: WholeRuns, name: str, weights: AdapterWeights | None, component: str | None = None) -> Check:
-        references = runs.references(weights)
-        chain = Chain(self.bundle, self.engine)
-        with ExitStack() as stack:
-            stack.enter_context(chain.text_kv)
-            stack.enter_context(chain.unet)
-            decoder = stack.enter_context(self.bundle.open_component("vae_decoder", self.engine))
-            adapter = component and stack.enter_context(self.bundle.open_component(component, self.engine))
-            try:
-                pictures = runs.with_engines(lambda inputs: chain(inputs, adapter or None, 1.0), decoder)
-            except EngineError as error:
-                return failure(name, str(error), 0.0)
-        return median(
-            [
-                picture(name, runs.case, found, expected, disturbed)
-                for found, (expected, disturbed) in zip(pictures, references, strict=True)
-            ]
-        )
+        with self.bundle.open_component("vae_decoder", self.engine) as decoder:
+            yield _run(runs, "run, no adapter", None, chain, decoder)
+            for name, weights in self._adapters.items():
+                with self.bundle.open_component(f"ip_adapter/{name}", self.engine) as adapter:
+                    yield _run(runs, f"run, {name}", weights, chain, decoder, adapter)
 
 
-class Chain:
-    """The bundle's side of a step: text and image to keys and values, scaled, into the UNet."""
-
-    def __init__(self, bundle: Bundle, engine: str) -> None:
-        self._layout: KVLayout = bundle.manifest.kv_layout
-        self._family = bundle.manifest.family
-        self.text_kv = bundle.open_component("text_kv", engine)
-        self.unet = bundle.open_component("unet", engine)
-
-    def __call__(
-        self,
-        inputs: Mapping[str, Array],
-        adapter: Engine | None = None,
-        scale: float = 0.0,
-        control: tuple[Engine, float] | None = None,
-    ) -> Array:
-        sample = inputs["sample"]
-        text_kv = self.text_kv(encoder_hidden_states=inputs["encoder_hidden_states"])["text_kv"]
-        prompts = []
-        if adapter is not None:
-            feature = adapter.spec.inputs[0].name
-            image_kv = adapter(**{feature: inputs[feature]})["image_kv"]
-            prompts.append(scale_values(image_kv, self._layout, scale))
-        batch, _, height, width = sample.shape
-        images = image_inputs(self.unet.spec, self._layout, (batch, height, width), prompts)
-        residuals = no_residuals(self.unet.spec, batch, height, width)
-        if control is not None:
-            residuals = _residuals(*control, inputs)
-        added = {tensor.name: inputs[tensor.name] for tensor in added_conditions(self._family)}
-        others = {**added, **images, **residuals}
-        step = self.unet(sample=sample, timestep=inputs["timestep"], text_kv=text_kv, **others)
-        return step["noise_pred"]
-
-
-def _residuals(controlnet: Engine, scale: float, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Scaled ones, in their own dtype."""
-    given = {tensor.name: inputs[tensor.name] for tensor in controlnet.spec.inputs}
-    given["sample"] = given["sample"][:, : controlnet.spec.inputs[0].axes[1]]  # an inpainting model takes more
-    return {name: array * array.dtype.type(scale) for name, array in controlnet(**given).items()}
+def _run(
+    runs: WholeRuns,
+    name: str,
+    weights: AdapterWeights | None,
+    chain: Chain,
+    decoder: Engine,
+    adapter: Engine | None = None,
+) -> Check:
+    references = runs.references(weights)
+    try:
+        pictures = runs.with_engines(lambda inputs: chain(inputs, adapter, 1.0), decoder)
+    except EngineError as error:
+        return failure(name, str(error), 0.0)
+    return median(
+        [
+            picture(name, runs.case, found, expected, disturbed)
+            for found, (expected, disturbed) in zip(pictures, references, strict=True)
+        ]
+    )
 
 
 def _shapes(spec: ComponentSpec, size: Size) -> dict[str, tuple[int, ...]]:

@@ -51,7 +51,7 @@ class WholeRuns:
         random = np.random.default_rng(0)
         unet = manifest.components["unet"].spec
         taken, channels = int(unet.inputs[0].axes[1]), int(unet.outputs[0].axes[1])
-        self._noise, self._other_noise = random.standard_normal((2, RUNS, 1, channels, height, width), np.float32)
+        self._noise, self._other_noise = random.standard_normal((2, RUNS, channels, height, width), np.float32)
         # What an inpainting model takes beside the latents, none in others.
         self._channels = random.standard_normal((2, taken - channels, height, width), np.float32)
         with torch.no_grad():
@@ -94,13 +94,11 @@ class WholeRuns:
         """
         model, vae = DiffusersStep(self._base.load_unet(), weights), self._base.load_vae()
 
-        def draw(noise: Array) -> Array:
-            latents = self._denoise(lambda inputs: model(inputs, 1.0), noise, "float32")
-            with torch.no_grad():
-                return _to_unit(vae.decode(torch.from_numpy(latents)).sample.numpy())
-
         disturbed = self._noise + np.float32(DISTURBANCE) * self._other_noise
-        return [(draw(noise), draw(other)) for noise, other in zip(self._noise, disturbed, strict=True)]
+        latents = self._denoise(lambda inputs: model(inputs, 1.0), np.concatenate([self._noise, disturbed]), "float32")
+        with torch.no_grad():
+            pictures = [_to_unit(vae.decode(torch.from_numpy(one[None])).sample.numpy()) for one in latents]
+        return list(zip(pictures[:RUNS], pictures[RUNS:], strict=True))
 
     def with_engines(self, step: StepFunction, decoder: Engine) -> list[Array]:
         """The pictures that engines make, one a run; as `references`.
@@ -111,22 +109,26 @@ class WholeRuns:
             decoder: opened component `vae_decoder`.
         """
         pictures = []
-        for noise in self._noise:
+        for noise in np.split(self._noise, RUNS):  # one at a time: engines may be built for no more
             latents = self._denoise(step, noise, self._dtype).astype(decoder.spec.inputs[0].dtype)
             pictures.append(_to_unit(decoder(latents=latents)["image"].astype(np.float32)))
         return pictures
 
     def _denoise(self, step: StepFunction, noise: Array, dtype: str) -> Array:
-        """The final latents, ready for the decoder."""
+        """The final latents of all noise, ready for the decoder."""
         scheduler = DDIMScheduler.from_config(self._base.scheduler_config)
         scheduler.set_timesteps(STEPS)
         latents = torch.from_numpy(noise)
-        conditions = {
-            name: array if name == "time_ids" else array.astype(dtype) for name, array in self._conditions.items()
+        channels, *conditions = (
+            np.repeat(array, len(noise), axis=0) for array in (self._channels, *self._conditions.values())
+        )
+        given = {
+            name: array if name == "time_ids" else array.astype(dtype)
+            for name, array in zip(self._conditions, conditions, strict=True)
         }
         for timestep in scheduler.timesteps:
-            sample = np.concatenate([np.concatenate([latents.numpy()] * 2), self._channels], axis=1).astype(dtype)
-            inputs = {"sample": sample, "timestep": np.asarray(timestep, np.float32), **conditions}
+            sample = np.concatenate([np.concatenate([latents.numpy()] * 2), channels], axis=1).astype(dtype)
+            inputs = {"sample": sample, "timestep": np.asarray(timestep, np.float32), **given}
             negative, positive = np.split(step(inputs).astype(np.float32), 2)
             noise_pred = negative + np.float32(self._defaults.guidance_scale) * (positive - negative)
             latents = scheduler.step(torch.from_numpy(noise_pred), timestep, latents).prev_sample

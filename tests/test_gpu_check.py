@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from ipa.benchmarks import gpu_check
 from ipa.engines.cuda_driver import NoDriver, find_driver
+from ipa.export.cases import SIZES
 
 
 @pytest.mark.skipif(not isinstance(find_driver(), NoDriver), reason="there is a GPU: run `make gpu-check`")
@@ -18,6 +19,7 @@ def test_what_is_here_is_built_checked_and_timed(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("IPA_CACHE", str(tmp_path / "cache"))
     tiny = {**gpu_check.SMALL.unet, "block_out_channels": (16, 32, 32, 48), "sample_size": 8}
     monkeypatch.setattr(gpu_check, "SMALL", replace(gpu_check.SMALL, unet=tiny))
+    monkeypatch.setattr("ipa.export.validate.SIZES", SIZES[:1])
     options = ["--folder", tmp_path / "models", "--output", tmp_path, "--rounds", 2, "--batch", 2]
     result = CliRunner().invoke(gpu_check.main, [str(option) for option in options])
     assert result.exit_code == 0, result.output
