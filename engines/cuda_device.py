@@ -1,9 +1,9 @@
-"""The first CUDA device, by NVIDIA's own Python bindings: memory, copies, one stream, captured graphs."""
+"""The first CUDA device, by NVIDIA's own Python bindings: memory, copies, kernels, one stream, captured graphs."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cuda.bindings import driver
@@ -30,6 +30,7 @@ class CudaDevice(Closing):
         """
         self._buffers: set[int] = set()
         self._graphs: list[Any] = []
+        self._modules: dict[bytes, Any] = {}
         self._stream: Any = None
         try:
             _done(driver.cuInit(0))
@@ -117,6 +118,28 @@ class CudaDevice(Closing):
         self._graphs.remove(graph)
         _done(driver.cuGraphExecDestroy(graph))
 
+    def kernels(self, ptx: bytes, names: Sequence[str]) -> list[Any]:
+        """Functions of a PTX text, which the driver compiles the first time.
+
+        Raises:
+            EngineError: the driver is too old for it, or does not know a name.
+        """
+        if ptx not in self._modules:
+            self._modules[ptx] = _value(driver.cuModuleLoadData(ptx + b"\0"))
+        return [_value(driver.cuModuleGetFunction(self._modules[ptx], name.encode())) for name in names]
+
+    def launch_kernel(
+        self, function: Any, blocks: int, threads: int, values: tuple[Any, ...], types: tuple[Any, ...]
+    ) -> None:
+        """Put a kernel into the stream.
+
+        Args:
+            blocks, threads: in one dimension.
+            values, types: of its parameters; the types are ctypes'.
+        """
+        size = (blocks, 1, 1, threads, 1, 1)
+        _done(driver.cuLaunchKernel(function, *size, 0, self._stream, (values, types), 0))
+
     def close(self) -> None:
         """Free everything that was made here; calling it twice is fine.
 
@@ -127,11 +150,13 @@ class CudaDevice(Closing):
         driver.cuCtxSetCurrent(self._context)
         for graph in self._graphs:
             driver.cuGraphExecDestroy(graph)
+        for module in self._modules.values():
+            driver.cuModuleUnload(module)
         for pointer in self._buffers:
             driver.cuMemFree(pointer)
         driver.cuStreamDestroy(self._stream)
         driver.cuDevicePrimaryCtxRelease(self._device)
-        self._graphs, self._buffers, self._stream = [], set(), None
+        self._graphs, self._modules, self._buffers, self._stream = [], {}, set(), None
 
 
 def _values(result: tuple[Any, ...]) -> tuple[Any, ...]:

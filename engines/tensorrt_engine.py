@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ import numpy as np
 from ipa.engines.closing import Closing
 from ipa.engines.cuda_device import CudaDevice
 from ipa.engines.cuda_driver import NoDriver, find_driver
+from ipa.engines.device_latents import DeviceLatents
 from ipa.engines.engine import Array, GraphFile, check_finite, check_inputs
 from ipa.engines.errors import EngineError, first_line
+from ipa.engines.linear_run import LinearRun
 from ipa.engines.plan_choice import StoredPlan, usable_plans
 from ipa.engines.plan_file import PlanError, PlanHeader
 from ipa.engines.shape_profile import Shape, covers
@@ -104,16 +106,8 @@ class TensorRtEngine(Closing):
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         """Outputs by name; see `Engine`."""
-        device = self._device
-        if device is None:
-            raise EngineError(f"{self.component}: the engine is closed")
-        device.enter()  # whichever thread this is
-        check_inputs(self.component, self.spec, inputs)
-        shapes = {name: array.shape for name, array in inputs.items()}
-        if shapes != self._shapes:
-            start = time.perf_counter()
-            self._prepare(device, shapes)
-            self.load_seconds += time.perf_counter() - start
+        device = self._entered()
+        self._fit(device, inputs)
         copied = [self._upload(device, self._buffers[name], array) for name, array in inputs.items()]
         self._execute(device)
         outputs = {tensor.name: np.empty(self._output_shape(tensor.name), tensor.dtype) for tensor in self.spec.outputs}
@@ -123,6 +117,45 @@ class TensorRtEngine(Closing):
         del copied  # until here the device may read from them
         check_finite(self.component, outputs)
         return outputs
+
+    def denoise(self, run: LinearRun, conditions: Callable[[int], Mapping[str, Array]]) -> Iterator[Array]:
+        """Keep the latents on the GPU over the steps; see `DenoisingEngine`."""
+        device, sample = self._entered(), self.spec.inputs[0]
+        # For its shape alone: the kernel writes what is in it.
+        shape = np.empty((run.halves * len(run.latents), *run.latents.shape[1:]), sample.dtype)
+        latents = DeviceLatents(device, run, sample.dtype)
+        try:
+            for index, step in enumerate(run.steps):
+                device.enter()
+                given = {"timestep": np.asarray(step.timestep, np.float32), **conditions(index)}
+                self._fit(device, {sample.name: shape, **given})
+                copied = [self._upload(device, self._buffers[name], array) for name, array in given.items()]
+                self._buffers[sample.name].constant = None
+                latents.write_sample(index, self._buffers[sample.name].pointer)
+                self._execute(device)
+                after = latents.step(index, self._buffers[self.spec.outputs[0].name].pointer)
+                del copied
+                check_finite(self.component, {"latents": after})
+                yield after
+        finally:
+            if self._device is not None:  # else it is free already
+                latents.free()
+
+    def _entered(self) -> CudaDevice:
+        """The device, made the calling thread's."""
+        if self._device is None:
+            raise EngineError(f"{self.component}: the engine is closed")
+        self._device.enter()
+        return self._device
+
+    def _fit(self, device: CudaDevice, inputs: Mapping[str, Array]) -> None:
+        """Check inputs and get ready for their shapes."""
+        check_inputs(self.component, self.spec, inputs)
+        shapes = {name: array.shape for name, array in inputs.items()}
+        if shapes != self._shapes:
+            start = time.perf_counter()
+            self._prepare(device, shapes)
+            self.load_seconds += time.perf_counter() - start
 
     def _prepare(self, device: CudaDevice, shapes: dict[str, Shape]) -> None:
         """Buffers and addresses for these input shapes, with another plan if this one's profile is too narrow."""

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipa.engines.engine import Engine
+from ipa.engines.linear_run import DenoisingEngine, LinearRun
 from ipa.runtime.beginning import Beginning
+from ipa.runtime.linear_steps import linear_steps
 from ipa.runtime.schedulers import Schedule
 
 Array = NDArray[Any]
@@ -68,6 +70,8 @@ def denoise(
 ) -> Iterator[Step]:
     """Denoise step by step.
 
+    Where the engine can keep the latents in its own memory and the arithmetic is linear, it does all of it.
+
     Args:
         unet: opened engine of the component `unet`.
         schedule: timesteps and arithmetic.
@@ -78,6 +82,10 @@ def denoise(
     Yields:
         One `Step` after each call of the UNet.
     """
+    run = _linear_run(schedule, begin, guidance) if isinstance(unet, DenoisingEngine) else None
+    if run is not None and isinstance(unet, DenoisingEngine):
+        yield from _by_engine(unet, run, schedule, conditions)
+        return
     halves = 1 if guidance is None else 2
     dtype = unet.spec.inputs[0].dtype
     latents, state = begin.latents, schedule.start()
@@ -98,3 +106,23 @@ def denoise(
         if begin.frame is not None:
             latents = begin.frame.put_back(index, schedule, latents)
         yield Step(index, len(schedule.timesteps), float(timestep), latents)
+
+
+def _linear_run(schedule: Schedule, begin: Beginning, guidance: Guidance | None) -> LinearRun | None:
+    """The run's arithmetic for an engine that keeps the latents; `None` if it is more than weighted sums of them."""
+    if begin.frame is not None or begin.channels is not None or (guidance is not None and guidance.rescale):
+        return None
+    steps = linear_steps(schedule)
+    if steps is None:
+        return None
+    return LinearRun(begin.latents, steps, None if guidance is None else guidance.scale, begin.draw_noise)
+
+
+def _by_engine(unet: DenoisingEngine, run: LinearRun, schedule: Schedule, conditions: Conditions) -> Iterator[Step]:
+    latents: NDArray[np.float32] = run.latents  # then, in the loop below, of the step before
+
+    def given(index: int) -> Mapping[str, Array]:
+        return conditions(index, schedule.scale_model_input(index, latents), run.steps[index].timestep)
+
+    for index, latents in enumerate(unet.denoise(run, given)):
+        yield Step(index, len(run.steps), run.steps[index].timestep, latents)

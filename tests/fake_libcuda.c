@@ -4,6 +4,8 @@
 #include <string.h>
 #include <stdint.h>
 
+#include "../engines/guided_step.cu"
+
 #define EXPORT __attribute__((visibility("default")))
 typedef int CUresult;
 enum { SUCCESS = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_CONTEXT = 201, CAPTURE_INVALIDATED = 901 };
@@ -15,7 +17,7 @@ static Work recorded[MOST_GRAPHS];
 static int captured;
 static int fails_captures;
 static __thread void *current; /* context of the calling thread */
-static int initialized, contexts, buffers, graphs, streams, capturing, launches, copies_captured, uploads;
+static int initialized, contexts, buffers, graphs, streams, capturing, launches, copies_captured, uploads, modules;
 static const size_t LIMIT = (size_t)1 << 30;
 
 EXPORT int fake_count(const char *name) {
@@ -26,6 +28,7 @@ EXPORT int fake_count(const char *name) {
     if (!strcmp(name, "launches")) return launches;
     if (!strcmp(name, "copies_captured")) return copies_captured;
     if (!strcmp(name, "uploads")) return uploads;
+    if (!strcmp(name, "modules")) return modules;
     return -1;
 }
 
@@ -88,6 +91,30 @@ EXPORT CUresult cuGraphLaunch(void *executable, void *stream) {
 EXPORT void fake_enqueue(Work work) {
     if (capturing) recorded[captured] = work; else work();
 }
+/* The kernels run as C on the host, one thread after the other. */
+EXPORT CUresult cuModuleLoadData(void **module, const char *ptx) {
+    if (!strstr(ptx, ".entry guided_step") || !strstr(ptx, ".entry write_sample")) return INVALID;
+    modules++; *module = (void *)0x5000; return SUCCESS;
+}
+EXPORT CUresult cuModuleUnload(void *module) { modules--; return SUCCESS; }
+EXPORT CUresult cuModuleGetFunction(void **function, void *module, const char *name) {
+    *function = !strcmp(name, "guided_step") ? (void *)0x6000 : !strcmp(name, "write_sample") ? (void *)0x6001 : NULL;
+    return *function ? SUCCESS : INVALID;
+}
+#define GIVEN(type, place) (*(type *)given[place])
+EXPORT CUresult cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                               unsigned bz, unsigned shared, void *stream, void **given, void **extra) {
+    if (!current || stream != (void *)0x2000 || gy * gz * by * bz != 1 || shared || extra) return INVALID;
+    for (host_index = 0; host_index < gx * bx; host_index++) {
+        if (function == (void *)0x6000)
+            guided_step(GIVEN(float *, 0), GIVEN(void *, 1), GIVEN(float *, 2), GIVEN(float *, 3), GIVEN(float, 4),
+                        GIVEN(int, 5), GIVEN(int, 6), GIVEN(int, 7), GIVEN(int, 8), GIVEN(int, 9));
+        else
+            write_sample(GIVEN(float *, 0), GIVEN(void *, 1), GIVEN(float, 2), GIVEN(int, 3), GIVEN(int, 4),
+                         GIVEN(int, 5));
+    }
+    return SUCCESS;
+}
 EXPORT CUresult cuGetErrorString(CUresult code, const char **text) {
     *text = code == INVALID ? "invalid argument" : "another error"; return SUCCESS;
 }
@@ -105,6 +132,8 @@ static const struct { const char *name; void *function; } TABLE[] = {
     ENTRY("cuGraphInstantiate", cuGraphInstantiateWithFlags),
     ENTRY("cuGraphInstantiateWithFlags", cuGraphInstantiateWithFlags), ENTRY("cuGraphDestroy", cuGraphDestroy),
     ENTRY("cuGraphExecDestroy", cuGraphExecDestroy), ENTRY("cuGraphLaunch", cuGraphLaunch),
+    ENTRY("cuModuleLoadData", cuModuleLoadData), ENTRY("cuModuleUnload", cuModuleUnload),
+    ENTRY("cuModuleGetFunction", cuModuleGetFunction), ENTRY("cuLaunchKernel", cuLaunchKernel),
     ENTRY("cuGetErrorString", cuGetErrorString),
 };
 
