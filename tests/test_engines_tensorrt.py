@@ -23,6 +23,7 @@ from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.cuda_driver import NoDriver, find_driver
 from ipa.engines.machine import platform_name
 from ipa.engines.plan_cache import PlanCache
+from ipa.engines.plan_choice import ANY_CAPABILITY
 from ipa.engines.plan_file import RECIPE, PlanKey
 from ipa.engines.shape_profile import ShapeProfile, as_text
 
@@ -51,6 +52,11 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("IPA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def for_rtx(key: PlanKey) -> PlanKey:
+    """As TensorRT-RTX builds it for all GPUs; the version names the CUDA of the package that is installed here."""
+    return replace(key, engine="tensorrt-rtx", version="11.0.0.1 cu13", target=ANY_CAPABILITY)
 
 
 def store_plans(cache: Path, bundle: Path, change: Change = lambda key: key) -> None:
@@ -294,6 +300,26 @@ def test_latents_stay_on_the_device(
         assert [set(run["uploads"]) for run in reversed(runs)] == [{copies} for _, copies in requests]
         assert in_use == after + 3, "state, weights, noise"
         assert left == [0, 0, 0, 0]
+
+
+def test_rtx_compiles_kernels_once(gpu: dict[str, str], cache: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    store_plans(cache, tiny_bundle, for_rtx)
+    options = ("--bundle", tiny_bundle, "--engine", "tensorrt-rtx", "--output", tmp_path / "x.png", *REQUEST)
+
+    def compiled() -> int:
+        done = run(gpu, cache, *options)
+        assert done.returncode == 0, done.stderr
+        return done.stderr.count("compiled a kernel")
+
+    assert compiled() == 4, "text encoder, its keys and values, UNet, decoder"
+    files = {path: path.stat().st_mtime_ns for path in cache.glob("*.kernels")}
+    assert len(files) == 4
+    assert compiled() == 0
+    assert {path: path.stat().st_mtime_ns for path in files} == files, "nothing new, nothing written"
+    for path in files:
+        path.write_bytes(path.read_bytes()[:-1])
+    assert compiled() == 4
+    assert compiled() == 0
 
 
 def test_the_kernels_are_their_sources() -> None:
