@@ -39,6 +39,14 @@ def made_once(folder: Path, name: str, make: Callable[[Path], object]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a machine with a GPU."""
+    from fake_gpu import environment
+
+    return environment(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture(scope="session")
 def tiny_base(session_folder: Path) -> Path:
     """Folder of a tiny random pipeline. Read only: copy it before changing anything."""
     from tiny import tiny_pipeline
