@@ -6,6 +6,7 @@ Tolerances as in test_fidelity.py.
 from __future__ import annotations
 
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from test_export_changes import load_words, xl_vectors
 from test_export_lora import as_kohya, write_lora
 from test_fidelity_sdxl import make_request
 
-from ipa.engines.bundle import Bundle
+from ipa.export.changes import BaseChanges
 from ipa.export.cli import main
+from ipa.export.lora import LoraFile
+from ipa.export.textual_inversion import TextualInversionFile
+from ipa.export.validate import Validator
 from ipa.runtime import Pipeline
 
 SCALES = {"style": 0.8, "detail": -0.4}
@@ -141,14 +145,14 @@ def test_whole_runs_equal_diffusers(bundle: Path, oracle: Any) -> None:
     assert float((other - expected).abs().max() / expected.abs().max()) > 1e-2
 
 
-def test_validate_repeats_what_the_bundle_records(
-    bundle: Path, files: dict[str, Path], source: list[object], tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    options = ["--lora", files["detail"], "--lora", files["style"]]
-    options += ["--textual-inversion", files["hat"], "--textual-inversion", files["toy"]]
-    result = run("validate", "--bundle", copy, *source, *options)
-    assert result.exit_code == 0, result.output
-    assert Bundle.open(copy).manifest.validation["passed"] is True
-    lines = run("inspect", copy).stdout.splitlines()
-    assert "clip skip: 1 layers of both text encoders left out" in lines
+def test_validate_repeats_what_the_bundle_records(bundle: Path, files: dict[str, Path], tiny_xl_base: Path) -> None:
+    """The files are named without scales and words, in another order."""
+    loras = (LoraFile(files["detail"]), LoraFile(files["style"]))
+    words = (TextualInversionFile(files["hat"]), TextualInversionFile(files["toy"]))
+    changes = BaseChanges(files["config"], None, loras, words)
+    image_encoder = str(tiny_xl_base / "image_encoder")
+    validator = Validator(bundle, str(files["base"]), image_encoder, (), changes=changes)
+    checks = list(islice(validator.run(), 4))
+    assert [check.name for check in checks] == ["text_encoder", "text_encoder_2", "text_kv", "unet"]
+    assert all(check.passed for check in checks)
+    assert "clip skip: 1 layers of both text encoders left out" in run("inspect", bundle).stdout.splitlines()
