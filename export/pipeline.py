@@ -13,17 +13,16 @@ from ipa.engines.manifest import Defaults, ImageProcessorRecord, SourceRecord, V
 from ipa.engines.spec import SDXL
 from ipa.export.changes import BaseChanges
 from ipa.export.clip_tokenizer import clip_tokenizer
-from ipa.export.family import check_changes, check_unet, family_of
+from ipa.export.family import check_unet, family_of
+from ipa.export.image_preprocessing import image_processor
 from ipa.export.lora import read_lora
-from ipa.export.single_file import SD15_CONFIG, Checkpoint, is_checkpoint
+from ipa.export.single_file import CLIP_MERGES, CONFIGS, Checkpoint, is_checkpoint
 from ipa.export.source import Part, Source
 from ipa.export.textual_inversion import add_embeddings, add_tokens, read_textual_inversion
 from ipa.export.vae_source import VaeSource, check_vae
 
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _SDXL_GUIDANCE_SCALE = 5.0
-_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
+_TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 class BasePipeline:
@@ -44,7 +43,7 @@ class BasePipeline:
         changes = changes or BaseChanges()
         self._checkpoint = Checkpoint(Path(base)) if is_checkpoint(base) else None
         if self._checkpoint is not None:
-            self.source = Source(str(changes.config or SD15_CONFIG))
+            self.source = Source(str(changes.config or CONFIGS[self._checkpoint.family]))
         elif changes.config is not None:
             raise IpaError(f"--config goes with a checkpoint file as --base; {base} has configurations of its own")
         else:
@@ -56,7 +55,6 @@ class BasePipeline:
                 "checkpoint file, --config a folder of the same format"
             )
         self.family = family_of(base, index)
-        check_changes(self.family, base, changes, self._checkpoint is not None)
         self.force_zeros_for_empty_prompt = self.family == SDXL and bool(
             index.get("force_zeros_for_empty_prompt", True)
         )
@@ -84,22 +82,25 @@ class BasePipeline:
             raise IpaError(f"image encoder {self.image_source} has no config.json")
         self.image_config = CLIPVisionConfig.from_dict(config).to_dict()
         self._check_unet()
-        self._check_parts()
+        if self._checkpoint is not None:
+            needed = (*parts, *(() if self._vae else ("vae",)))
+            self._checkpoint.check(self.family, needed, self.source, self.scheduler_config)
         self._read_changes(changes)
 
     def _read_changes(self, changes: BaseChanges) -> None:
-        layers = self.text_config["num_hidden_layers"]
+        layers = min(int(config["num_hidden_layers"]) for config in self.text_configs.values())
         if not 0 <= changes.clip_skip < layers:
             raise IpaError(f"--clip-skip {changes.clip_skip}: {self.source}'s text encoder has {layers} layers")
         self.clip_skip = changes.clip_skip
-        width = self.text_config["hidden_size"]
-        self._inversions = [read_textual_inversion(file, width) for file in changes.textual_inversions]
+        widths = {part: int(config["hidden_size"]) for part, config in self.text_configs.items()}
+        self._inversions = [read_textual_inversion(file, widths) for file in changes.textual_inversions]
         self.textual_inversions = tuple(inversion.record for inversion in self._inversions)
-        self._token_ids: list[int] = []
+        self._token_ids: dict[str, list[int]] = {}  # of the new words, by text encoder
         if self._inversions:
-            self._tokenizer()
-            self.text_config["vocab_size"] = max(self.text_config["vocab_size"], *(i + 1 for i in self._token_ids))
-        self._loras = [read_lora(file) for file in changes.loras]
+            for part, config in self.text_configs.items():
+                self._tokenizer(_TOKENIZERS[part])
+                config["vocab_size"] = max(config["vocab_size"], *(index + 1 for index in self._token_ids[part]))
+        self._loras = [read_lora(file, self.family) for file in changes.loras]
         self.loras = tuple(lora.record for lora in self._loras)
         if self._loras:
             self._check_loras()
@@ -108,21 +109,15 @@ class BasePipeline:
         """Before the minutes that an export takes: models without weights know their layers."""
         import torch
         from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
+        from transformers import CLIPTextConfig
 
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(self.unet_config)
-            text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(self.text_config))
+            models = {
+                part: _text_class(part)(CLIPTextConfig.from_dict(config)) for part, config in self.text_configs.items()
+            }
+            models["unet"] = UNet2DConditionModel.from_config(self.unet_config)
         for lora in self._loras:
-            lora.check("unet", unet)
-            lora.check("text_encoder", text_encoder)
-
-    def _check_parts(self) -> None:
-        if self._checkpoint is None:
-            return
-        for part, advice in (("vae", "name one with --vae"), ("text_encoder", "use a complete checkpoint")):
-            if part not in self._checkpoint.parts and not (part == "vae" and self._vae):
-                raise IpaError(f"base model {self._checkpoint.path} has no {part} weights; {advice}")
+            lora.check(models)
 
     def _file(self, part: str, name: str = "config.json") -> Path:
         file = self.source.file(f"{part}/{name}")
@@ -168,31 +163,32 @@ class BasePipeline:
             return _frozen(self._checkpoint.load_vae(self._file("vae").parent))
         return _frozen(self.source.load(AutoencoderKL.from_pretrained, "vae"))
 
-    def load_text_encoder_2(self) -> Any:
-        """SDXL's `CLIPTextModelWithProjection`."""
-        from transformers import CLIPTextModelWithProjection
-
-        return _frozen(self.source.load(CLIPTextModelWithProjection.from_pretrained, "text_encoder_2"))
-
     def load_text_encoder(self) -> Any:
         """The `CLIPTextModel`: LoRAs and new words added, without the layers that are skipped.
 
-        Its last hidden state is diffusers' prompt embedding for `clip_skip`: the final norm of the last layer left.
+        Its last hidden state is diffusers' prompt embedding for `clip_skip` (in Stable Diffusion XL, which leaves the
+        last layer out, the state before): the final norm of the last layer left.
         """
-        from transformers import CLIPTextModel
-
-        if self._checkpoint is not None:
-            model = self._checkpoint.load_text_encoder(self._file("text_encoder").parent)
-        else:
-            model = self.source.load(CLIPTextModel.from_pretrained, "text_encoder")
-        for lora in self._loras:
-            lora.fuse("text_encoder", model)
-        if self._inversions:
-            add_embeddings(model, self._inversions, self._token_ids)
+        model = self._load_text("text_encoder")
         if self.clip_skip:
             text_model = getattr(model, "text_model", model)  # transformers before 5.6 has one level more
             text_model.encoder.layers = text_model.encoder.layers[: -self.clip_skip]
         return _frozen(model)
+
+    def load_text_encoder_2(self) -> Any:
+        """SDXL's `CLIPTextModelWithProjection`, changed alike, with all its layers: the pooled text is of the last."""
+        return _frozen(self._load_text("text_encoder_2"))
+
+    def _load_text(self, part: str) -> Any:
+        if self._checkpoint is not None:
+            model = self._checkpoint.load_text_encoder(self._file(part).parent, part)
+        else:
+            model = self.source.load(_text_class(part).from_pretrained, part)
+        for lora in self._loras:
+            lora.fuse(part, model)
+        if self._inversions:
+            add_embeddings(model, part, self._inversions, self._token_ids[part])
+        return model
 
     def load_image_encoder(self) -> Any:
         """The `CLIPVisionModelWithProjection`."""
@@ -219,12 +215,17 @@ class BasePipeline:
         # transformers makes an empty tokenizer of a folder that has no vocabulary
         if any(self.source.file(f"{part}/{name}") for name in ("tokenizer.json", "vocab.json")):
             tokenizer = self.source.load(_without_dtype(CLIPTokenizer.from_pretrained), part)
-        elif merges := self.source.file(f"{part}/merges.txt"):
-            tokenizer = clip_tokenizer(merges, self.text_tokens)
+        elif merges := self.source.file(f"{part}/merges.txt") or self._shipped_merges():
+            padding = (self.source.json(f"{part}/tokenizer_config.json") or {}).get("pad_token")
+            tokenizer = clip_tokenizer(merges, self.text_tokens, **({"pad_token": padding} if padding else {}))
         else:
             raise IpaError(f"{self.source} has no {part}/tokenizer.json; the pipeline folder is incomplete")
-        self._token_ids = add_tokens(tokenizer, self._inversions)
+        ids = add_tokens(tokenizer, self._inversions)
+        self._token_ids |= {encoder: ids for encoder, name in _TOKENIZERS.items() if name == part}
         return tokenizer
+
+    def _shipped_merges(self) -> Path | None:
+        return CLIP_MERGES if self.source.location in map(str, CONFIGS.values()) else None
 
     @property
     def sources(self) -> dict[str, SourceRecord]:
@@ -268,15 +269,9 @@ class BasePipeline:
     @property
     def image_processor(self) -> ImageProcessorRecord:
         """CLIP preprocessing: the image encoder's own file, else the pipeline's, else CLIP's values."""
-        size = int(self.image_config["image_size"])
         own = self.image_source.json(f"{self._image_part}/preprocessor_config.json".lstrip("/"))
-        for config in (own, self.source.json("feature_extractor/preprocessor_config.json")):
-            if config is not None and _edge(config.get("crop_size")) == _edge(config.get("size")) == size:
-                if config.get("resample", _BICUBIC) != _BICUBIC:
-                    raise IpaError(f"{self.source}: images are not resized bicubically, which is not supported yet")
-                mean, std = config.get("image_mean", _CLIP_MEAN), config.get("image_std", _CLIP_STD)
-                return ImageProcessorRecord(size, _triple(mean), _triple(std))
-        return ImageProcessorRecord(size, _CLIP_MEAN, _CLIP_STD)
+        others = self.source.json("feature_extractor/preprocessor_config.json")
+        return image_processor(self.source, int(self.image_config["image_size"]), own, others)
 
     @property
     def defaults(self) -> Defaults:
@@ -287,17 +282,10 @@ class BasePipeline:
         return replace(defaults, guidance_scale=_SDXL_GUIDANCE_SCALE) if self.family == SDXL else defaults
 
 
-def _edge(size: Any) -> int | None:
-    """The edge of a processor's `size` or `crop_size`, which come as a number or as a mapping."""
-    if isinstance(size, dict):
-        edges = {size[key] for key in ("shortest_edge", "height", "width") if key in size}
-        return edges.pop() if len(edges) == 1 else None
-    return size if isinstance(size, int) else None
+def _text_class(part: str) -> Any:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-
-def _triple(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
+    return CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
 
 
 def _frozen(model: Any) -> Any:

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from oracle import diffusers_unet
 from safetensors import safe_open
-from tiny import WIDTHS, tiny_tokenizer
+from tiny import tiny_tokenizer
 from tiny_xl import TEXT_EMBED_WIDTH, TEXT_WIDTHS, TIME_EMBED
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -210,35 +210,6 @@ def test_pipelines_that_are_refused(tiny_xl_base: Path, tmp_path: Path, change: 
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "bundle").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "option"),
-    [
-        (["--lora", "x.safetensors"], "--lora"),
-        (["--textual-inversion", "x.pt"], "--textual-inversion"),
-        (["--clip-skip", "1"], "--clip-skip"),
-    ],
-)
-def test_changes_that_are_refused(tiny_xl_base: Path, tmp_path: Path, arguments: list[str], option: str) -> None:
-    given = ["onnx", "--base", str(tiny_xl_base), "--output", str(tmp_path / "bundle"), *arguments]
-    result = CliRunner().invoke(main, given)
-    assert result.exit_code == 2
-    expected = (
-        f"is Stable Diffusion XL, {option} is supported for Stable Diffusion 1.x alone so far: leave {option} out"
-    )
-    assert expected in result.stderr
-
-
-def test_a_checkpoint_with_the_configurations_of_sdxl_is_refused(tiny_xl_base: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    file = tmp_path / "x.safetensors"
-    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(WIDTHS[0], 4, 3, 3)}, file)
-    arguments = ["onnx", "--base", str(file), "--config", str(tiny_xl_base), "--output", str(tmp_path / "bundle")]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 2
-    assert "--base FILE is supported for Stable Diffusion 1.x alone so far: name a pipeline folder" in result.stderr
 
 
 def test_a_family_of_a_later_version_is_refused(tiny_xl_bundle: Path, tmp_path: Path) -> None:
