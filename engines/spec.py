@@ -264,7 +264,7 @@ def controlnet_spec(residuals: Iterable[TensorSpec], family: str = SD15, has_att
     Args:
         residuals: see `control_residuals`.
         family: of the base model.
-        has_attention: whether it looks at the text; small ones do not.
+        has_attention: whether it looks at the text; some small ones do not.
     """
     text = (_ENCODER_HIDDEN_STATES,) if has_attention else ()
     inputs = (_latents("sample"), _TIMESTEP, *text, *added_conditions(family), _CONTROLNET_COND)

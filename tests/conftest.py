@@ -178,7 +178,7 @@ def tiny_xl_files(session_folder: Path, tiny_xl_base: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def tiny_xl_controlnets(session_folder: Path, tiny_xl_base: Path) -> dict[str, Path]:
-    """Random ControlNets for `tiny_xl_base`; `pose` has no attention (as published small ones), `mood` no place."""
+    """Random ControlNets for `tiny_xl_base`; `pose` has no attention, `mood` no place."""
     from tiny import tiny_controlnet
 
     without_attention = {"down_block_types": ("DownBlock2D",) * 3, "mid_block_type": "UNetMidBlock2D"}

@@ -27,7 +27,7 @@ from ipa.engines.errors import BundleError, IpaError, RequestError
 from ipa.engines.manifest import FILE_NAME
 from ipa.engines.plan_cache import PlanCache
 from ipa.engines.shape_profile import ShapeProfile
-from ipa.engines.spec import family_specs, residuals_of
+from ipa.engines.spec import family_specs
 from ipa.export.adapters import AdapterFile
 from ipa.export.build import ExportRequest, add_adapter, export_bundle
 from ipa.export.cli import main
@@ -58,21 +58,6 @@ def test_the_bundle_has_the_components_of_the_family(tiny_xl_inpainting: tuple[P
     assert manifest.tokenizer_2 is not None
     assert not manifest.force_zeros_for_empty_prompt, "as this model says"
     assert manifest.vae.scaling_factor == 0.13025
-
-
-def test_controlnets_follow_the_blocks_of_the_unet(tiny_xl_bundle: Path) -> None:
-    """Three levels: one residual of the first convolution, two of each block and one of each way down, the middle."""
-    manifest = Bundle.open(tiny_xl_bundle, verify=False).manifest
-    added = ["text_embeds", "time_ids", "controlnet_cond"]
-    for name, control in manifest.controlnets.items():
-        spec, text = control.component.spec, [] if name == "pose" else ["encoder_hidden_states"]
-        assert [tensor.name for tensor in spec.inputs] == ["sample", "timestep", *text, *added]
-        assert spec.outputs == residuals_of(manifest.components["unet"].spec)
-        found = [(tensor.axes[1], tensor.axes[2]) for tensor in spec.outputs]
-        heights = ("latent_height", "latent_height_1", "latent_height_2")
-        one, two, three = zip(WIDTHS, heights, strict=True)
-        down = (WIDTHS[0], heights[1]), (WIDTHS[1], heights[2])
-        assert found == [one, one, one, down[0], two, two, down[1], three, three, three]
 
 
 def test_the_first_encoder_s_last_layer_is_left_out(tiny_xl_bundle: Path) -> None:
