@@ -80,9 +80,8 @@ class ControlNet:
         if config is None or config.get("_class_name") != ControlNetModel.__name__:
             found = "has no config.json" if config is None else f"is a {config.get('_class_name')}"
             raise IpaError(f"{source} {found}; --controlnet takes a {ControlNetModel.__name__} in diffusers format")
-        used = [option for option in _UNSUPPORTED if config.get(option)]
-        if config.get("addition_embed_type") not in (None, "text_time"):
-            used.append("addition_embed_type")
+        used = ["addition_embed_type"] if config.get("addition_embed_type") not in (None, "text_time") else []
+        used += [option for option in _UNSUPPORTED if config.get(option)]
         if used:
             raise IpaError(
                 f"ControlNet {source} uses {used[0]} ({config[used[0]]}), which this base model does not have; "

@@ -21,7 +21,7 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
-from parity import assert_same_latents
+from parity import TOLERANCE, assert_same_latents
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -122,6 +122,13 @@ def relative_error(ours: np.ndarray, theirs: Any) -> float:
     return float(np.abs(ours - expected).max() / np.abs(expected).max())
 
 
+def assert_adapter_counts(pipeline: Pipeline, request: Request, found: np.ndarray) -> None:
+    """What the comparison with diffusers would not see: an image prompt that moves less than the tolerance."""
+    moved = relative_error(last_latents(pipeline, replace(request, ip_adapter_scale=0.0)), found)
+    print(f"moved by the image {moved:.1e}")
+    assert moved > 5 * TOLERANCE
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -197,7 +204,9 @@ def test_image_to_image(
     request = make_request(init_image=picture(2), strength=strength, height=None, width=None, **SIZES)
     oracle = opened(StableDiffusionXLImg2ImgPipeline, tiny_xl_base, tiny_xl_files["base"])
     expected = run_diffusers(oracle, request, image=request.init_image, strength=strength)
-    assert_same_latents(last_latents(pipeline, request), expected)
+    found = last_latents(pipeline, request)
+    assert_same_latents(found, expected)
+    assert_adapter_counts(pipeline, request, found)
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
@@ -208,7 +217,9 @@ def test_inpainting(pipeline: Pipeline, tiny_xl_base: Path, tiny_xl_files: dict[
     oracle = opened(StableDiffusionXLInpaintPipeline, tiny_xl_base, tiny_xl_files["base"])
     picture_fields = {"image": request.init_image, "mask_image": hole(), "strength": strength}
     expected = run_diffusers(oracle, request, height=64, width=72, **picture_fields)
-    assert_same_latents(last_latents(pipeline, request), expected)
+    found = last_latents(pipeline, request)
+    assert_same_latents(found, expected)
+    assert_adapter_counts(pipeline, request, found)
 
 
 @pytest.mark.parametrize(("strength", "negative_prompt"), [(0.6, NEGATIVE), (1.0, "")])
@@ -224,6 +235,7 @@ def test_inpainting_with_an_inpainting_model(
     with Pipeline.open(bundle, engine="onnxruntime") as pipe:
         found = last_latents(pipe, request)
         assert_same_latents(found, expected)
+        assert_adapter_counts(pipe, request, found)
         zeros = Bundle(pipe.bundle.root, replace(pipe.manifest, force_zeros_for_empty_prompt=True))
     with Pipeline(zeros, engine="onnxruntime") as other:
         assert (relative_error(last_latents(other, request), found) > 1e-2) == (not negative_prompt)
