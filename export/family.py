@@ -37,6 +37,11 @@ def family_of(base: str, index: Mapping[str, Any]) -> str:
     )
 
 
+def family_of_config(config: Mapping[str, Any]) -> str:
+    """The family of a UNet or a ControlNet, by what it takes beside the text: sizes and pooled text are SDXL's."""
+    return SDXL if config.get("addition_embed_type") == "text_time" else SD15
+
+
 def check_unet(
     source: object, family: str, unet_config: Mapping[str, Any], text_width: int, text_embed_width: int
 ) -> None:

@@ -28,13 +28,14 @@ class ControlledRun:
 
     Attributes:
         controls: opened.
-        encoder_hidden_states: (2, text_tokens, width) of negative and positive prompt; `None` without controls.
+        text: what ControlNets are told of it, by input: (2, ...) negative and positive, (1, ...) where alike; empty
+            without controls.
         count: how many pictures it makes.
         height, width: of them.
     """
 
     controls: tuple[ControlImage, ...]
-    encoder_hidden_states: Array | None
+    text: Mapping[str, Array]
     count: int
     height: int
     width: int
@@ -129,11 +130,9 @@ class ControlInputs:
         is_positive_only = guess_mode or is_global
         on_both = has_guidance and not is_positive_only
         pixels = [control_pixels(_picture(run.controls[place]), run.height, run.width) for run in runs]
-        states = [run.encoder_hidden_states for run in runs if run.encoder_hidden_states is not None]
-        inputs = {
-            "encoder_hidden_states": guidance_batch(states, self._counts, on_both),
-            "controlnet_cond": guidance_batch(pixels, self._counts, on_both).astype(dtype),
-        }
+        names = [tensor.name for tensor in opened.spec.inputs if tensor.name in runs[0].text]
+        inputs = {name: guidance_batch([run.text[name] for run in runs], self._counts, on_both) for name in names}
+        inputs["controlnet_cond"] = guidance_batch(pixels, self._counts, on_both).astype(dtype)
         for array in inputs.values():
             array.flags.writeable = False
         # Source: diffusers 0.42.1, controlnet.py, `ControlNetModel.forward`, "6. scaling".
