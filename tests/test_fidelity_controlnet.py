@@ -71,6 +71,8 @@ CASES: dict[str, tuple[tuple[ControlImage, ...], dict[str, Any]]] = {
     "guess mode, no guidance": ((POSE,), {"guess_mode": True, "guidance_scale": 1.0}),
     "without place": ((MOOD,), {"height": 72, "width": 104}),
     "without place, guess mode": ((MOOD,), {"guess_mode": True}),
+    "without place, another after it": ((MOOD, EDGES), {}),
+    "without place, after another": ((EDGES, MOOD), {}),
     "pndm": ((EDGES,), {"scheduler": "pndm"}),
     "scaled latents": ((EDGES,), {**IMAGE, "scheduler": "euler"}),
 }
