@@ -7,6 +7,7 @@ exact name, so a weight that belongs to another model is an error here and never
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ipa.engines.bundle import hash_file
-from ipa.engines.errors import IpaError
+from ipa.engines.errors import IpaError, first_line
 from ipa.engines.manifest import LoraRecord
 from ipa.engines.spec import SDXL
 from ipa.export.family import TITLES
@@ -144,9 +145,8 @@ def read_lora(file: LoraFile, family: str) -> Lora:
     for key, tensor in tensors.items():
         if kind := next((kind for kind in _OTHER_KINDS if kind in key), None):
             raise IpaError(f"lora {file.path} has {key}: {kind.strip('_')} is not supported, expected a plain LoRA")
-        if not torch.isfinite(tensor).all():
-            raise IpaError(f"lora {file.path}: {key} holds values that are not finite")
         part, layer, side = _parsed(key, file.path)
+        _check_tensor(tensor, f"lora {file.path}: {key}", is_scalar=side == "alpha")
         change = changes[part].setdefault(_plain(layer), _Change())
         if side == "alpha":
             change.alpha = float(tensor)
@@ -161,6 +161,17 @@ def read_lora(file: LoraFile, family: str) -> Lora:
                 raise IpaError(f"lora {file.path}: {part}.{layer} has one matrix and not two; the file is incomplete")
     scale = 1.0 if file.scale is None else file.scale
     return Lora(LoraRecord(file.path.name, hash_file(file.path), scale), file.path, family, changes)
+
+
+def _check_tensor(tensor: Tensor, what: str, is_scalar: bool) -> None:
+    """Refuse what is neither a matrix nor, of an alpha, a number."""
+    fits = tensor.numel() == 1 if is_scalar else tensor.ndim >= 2 and tensor.numel() > 0
+    if not fits or tensor.layout != torch.strided:
+        raise IpaError(
+            f"{what} has the shape {tuple(tensor.shape)}, expected {'one number' if is_scalar else 'a matrix'}"
+        )
+    if not torch.isfinite(tensor.float()).all():
+        raise IpaError(f"{what} holds values that are not finite")
 
 
 def _parsed(key: str, path: Path) -> tuple[str, str, str]:
@@ -196,7 +207,13 @@ def _apply_metadata(path: Path, changes: Mapping[str, Mapping[str, _Change]]) ->
         raise IpaError(f"lora {path}: its {_METADATA} is not JSON; the file is damaged") from error
     for part in PARTS:
         for name, change in changes[part].items():
-            alpha = None if change.down is None else _alpha(options, part, name, len(change.down))
+            try:
+                alpha = None if change.down is None else _alpha(options, part, name, len(change.down))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise IpaError(
+                    f"lora {path}: its {_METADATA} has no usable alpha for {part}.{name} ({first_line(error)}); the "
+                    "file is damaged"
+                ) from error
             change.alpha = change.alpha if alpha is None else alpha
 
 
@@ -208,5 +225,7 @@ def _alpha(options: Mapping[str, Any], part: str, name: str, rank: int) -> float
             alpha = value
     if alpha is None:
         return None
+    if not math.isfinite(float(alpha)):
+        raise ValueError(f"alpha is {alpha}")
     # rsLoRA, arXiv:2312.03732, divides by the root of the rank.
     return float(alpha) * (rank**0.5 if options.get(f"{part}.use_rslora") else 1.0)

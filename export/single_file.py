@@ -40,6 +40,7 @@ _OTHERS = {
 _V_KEY, _V_PREDICTION = "v_pred", "v_prediction"
 _LATENT_CHANNELS = 4
 _VAE_GROUPS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Some early fine-tunes left a level of CLIP's names out.
 _OLD_TEXT_GROUPS = ("embeddings.", "encoder.", "final_layer_norm.")
 
@@ -177,11 +178,17 @@ def load_vae_file(path: Path, config: Path) -> Any:
     from diffusers import AutoencoderKL
 
     tensors = named_tensors(read_weights(path, "vae"), path, "vae")
-    named = {name.removeprefix(_VAE): tensor for name, tensor in tensors.items()}
+    named = {_new_attention_name(name.removeprefix(_VAE)): tensor for name, tensor in tensors.items()}
     wanted = {name: tensor for name, tensor in named.items() if name.startswith(_VAE_GROUPS)}
     if not wanted:
         raise IpaError(f"vae {path} has no encoder.* and decoder.* weights, so it is no VAE of Stable Diffusion")
-    return _loaded(AutoencoderKL.from_single_file, wanted, config, f"vae {path}")
+    return _loaded(AutoencoderKL.from_single_file, wanted, config, f"vae {path}", "use one made for this base model")
+
+
+def _new_attention_name(name: str) -> str:
+    """The name of a weight since diffusers 0.17; older files, sd-vae-ft-mse among them, have other ones."""
+    *parents, layer, kind = name.split(".")
+    return ".".join([*parents, _OLD_ATTENTION.get(layer, layer), kind]) if "attentions" in parents else name
 
 
 def _text_name(name: str, prefix: str) -> str:
@@ -189,19 +196,22 @@ def _text_name(name: str, prefix: str) -> str:
     return f"{prefix}text_model.{rest}" if rest != name and rest.startswith(_OLD_TEXT_GROUPS) else name
 
 
-def _loaded(load: Callable[..., Any], tensors: dict[str, Tensor], config: Path, what: str) -> Any:
+def _loaded(
+    load: Callable[..., Any],
+    tensors: dict[str, Tensor],
+    config: Path,
+    what: str,
+    advice: str = "name the configurations of this checkpoint with --config DIR",
+) -> Any:
     """Convert and load, in FP32 on the CPU; every weight of the model must be there."""
     try:
         model = load(tensors, config=str(config), torch_dtype=torch.float32, local_files_only=True)
     except Exception as error:
         raise IpaError(
-            f"cannot load the {what} with the configuration in {config}: {first_line(error)}; name the configurations "
-            "of this checkpoint with --config DIR"
+            f"cannot load the {what} with the configuration in {config}: {first_line(error)}; {advice}"
         ) from error
     if missing := _missing(model):
-        raise IpaError(
-            f"cannot load the {what}: it misses {min(missing)}; the file is incomplete, or needs --config DIR"
-        )
+        raise IpaError(f"cannot load the {what}: it misses {min(missing)}; the file is incomplete, or {advice}")
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,27 @@ def test_refuses_a_lora(
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "o").exists()
     assert "this ran" not in capfd.readouterr().out
+
+
+MATRICES = {KEY: torch.zeros(2, 48), KEY.replace("_A", "_B"): torch.zeros(96, 2)}
+LAYER = "lora_unet_x"
+DAMAGED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
+    "a vector": ({KEY: torch.zeros(2)}, {}, "has the shape \\(2,\\), expected a matrix"),
+    "no rank": ({KEY: torch.zeros(0, 48)}, {}, "expected a matrix"),
+    "two alphas": ({f"{LAYER}.alpha": torch.zeros(2)}, {}, "expected one number"),
+    "float8": ({KEY: torch.full((2, 2), torch.nan).to(torch.float8_e4m3fn)}, {}, "not finite"),
+    "nan alpha": (MATRICES, {"unet.lora_alpha": float("nan")}, "no usable alpha"),
+    "text alpha": (MATRICES, {"unet.lora_alpha": "much"}, "no usable alpha"),
+    "a list": (MATRICES, {"unet.alpha_pattern": [1]}, "no usable alpha"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_lora_is_one_message(case: str, tmp_path: Path) -> None:
+    state, options, message = DAMAGED[case]
+    save_file(state, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(options)} if options else None)
+    with pytest.raises(IpaError, match=message):
+        read_lora(LoraFile(tmp_path / "x.safetensors"), SD15)
 
 
 TO_Q = "mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

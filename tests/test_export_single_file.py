@@ -304,7 +304,9 @@ def test_refuses_options(arguments: list[str], message: str, checkpoint: Path, t
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layout", ["folder", "pipeline", "diffusers file", "original file", "prefixed pickle"])
+@pytest.mark.parametrize(
+    "layout", ["folder", "pipeline", "diffusers file", "old names", "original file", "prefixed pickle"]
+)
 def test_another_vae_replaces_the_pipeline_s(layout: str, other_vae: Path, tiny_base: Path, tmp_path: Path) -> None:
     expected = AutoencoderKL.from_pretrained(other_vae)
     original = original_vae(expected)
@@ -315,6 +317,15 @@ def test_another_vae_replaces_the_pipeline_s(layout: str, other_vae: Path, tiny_
         shutil.copytree(other_vae, vae / "vae", dirs_exist_ok=True)
     elif layout == "diffusers file":
         vae = other_vae / "diffusion_pytorch_model.safetensors"
+    elif layout == "old names":  # as sd-vae-ft-mse has them
+        old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+        vae = tmp_path / "old.safetensors"
+        renamed = {
+            next((name.replace(new, was) for new, was in old.items() if new in name), name): tensor.contiguous()
+            for name, tensor in expected.state_dict().items()
+        }
+        assert len([name for name in renamed if ".query." in name]) == 4  # weight and bias, twice
+        save_file(renamed, vae)
     elif layout == "original file":
         vae = tmp_path / "vae.safetensors"
         save_file({**original, "loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}, vae)
