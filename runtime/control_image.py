@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Self
 
 from ipa.engines.errors import RequestError
 from ipa.runtime.image_prompt import ImageSource
+from ipa.runtime.numbers import NUMBER_TEXT, is_number
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class ControlImage:
             raise RequestError(f"control image{named} is {self.image!r}, expected a file's path or a PIL image")
         for key in ("scale", "start", "end"):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise RequestError(f"control {key}{named} is {value!r}, expected a finite number")
+            if not is_number(value):
+                raise RequestError(f"control {key}{named} is {value!r}, expected {NUMBER_TEXT}")
         for key in ("start", "end"):
             if not 0 <= getattr(self, key) <= 1:
                 raise RequestError(f"control {key}{named} is {getattr(self, key)!r}, expected a number from 0 to 1")

@@ -202,7 +202,7 @@ class Pipeline(Closing):
 
     def _key(self, request: Request) -> Hashable:
         tokens = [
-            self.bundle.adapter(str(prompt.adapter)).tokens * (1 if prompt.masks else len(prompt.images))
+            self.bundle.adapter(str(prompt.adapter)).tokens * (1 if prompt.masks else len(prompt.images) or 1)
             for prompt in request.all_image_prompts
             for _ in range(prompt.slots)
         ]
@@ -217,8 +217,8 @@ class Pipeline(Closing):
         names = [*self._text.components, "unet", "vae_decoder"]
         prompts = [prompt for request in requests for prompt in request.all_image_prompts]
         names += ["image_encoder"] if any(prompt.images for prompt in prompts) else []
-        names += {f"ip_adapter/{prompt.adapter}": None for prompt in prompts}
-        names += {f"controlnet/{control.name}": None for request in requests for control in request.controls}
+        names += [f"ip_adapter/{prompt.adapter}" for prompt in prompts]
+        names += [f"controlnet/{control.name}" for request in requests for control in request.controls]
         names += ["vae_encoder"] if any(request.init_image is not None for request in requests) else []
         for name in names:
             self._engine(name)

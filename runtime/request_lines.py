@@ -46,7 +46,7 @@ def read_lines(path: Path, defaults: Mapping[str, Any]) -> list[RequestLine]:
         RequestError: the file is missing, empty or no text.
     """
     try:
-        texts = path.read_text("utf-8").splitlines()
+        texts = path.read_text("utf-8-sig").split("\n")  # `splitlines` also cuts at U+2028, which JSON allows
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise RequestError(f"--requests {path}: cannot be read: {reason}") from error

@@ -177,7 +177,7 @@ def _finished(path: Path) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     if not path.exists():
         return found
-    for text in path.read_text("utf-8", "replace").splitlines():
+    for text in path.read_text("utf-8", "replace").split("\n"):
         try:
             record = json.loads(text)
         except ValueError:

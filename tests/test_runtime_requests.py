@@ -127,6 +127,32 @@ def test_one_spoilt_request_of_a_batch_fails_alone(folder: Path, tiny_bundle: Pa
     assert (run.summary.done, [number for number, _ in problems]) == (2, [2])
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guidance_scale": 10**400},  # a whole number that no float holds
+        {"guidance_scale": 1e40},
+        {"image": "1.png", "ip_adapter_scale": -(10**400)},
+        {"image": "1.png", "ip_adapter_scale": 1e40},
+        {"controls": [{"image": "1.png", "scale": 10**400}]},
+        {"controls": [{"image": "1.png", "scale": 1e40}]},
+    ],
+)
+def test_absurd_numbers_are_refused_line_by_line(folder: Path, fields: dict[str, Any]) -> None:
+    first, second = read_lines(write(folder, {"prompt": "a cat", **fields}, THREE[2]), {})
+    assert "expected a finite number of at most 1000" in first.problem
+    assert second.problem == ""
+
+
+def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
+    """U+2028 and U+0085 may stand in a JSON string, and a byte order mark before the first line."""
+    prompts = ["one\u2028two", "one\u0085two"]
+    text = "\r\n".join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts)
+    (tmp_path / "requests.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    lines = read_lines(tmp_path / "requests.jsonl", {})
+    assert [(line.request and line.request.prompt, line.problem) for line in lines] == [(one, "") for one in prompts]
+
+
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])
 def test_files_that_hold_no_requests(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "requests.jsonl"
