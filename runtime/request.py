@@ -171,7 +171,7 @@ class Request:
         elif self.image is None:
             if self.adapter or self.ip_adapter_scale:
                 raise RequestError("an adapter or its scale was given, but no image: add --image, or leave them out")
-            chosen |= {"adapter": None, "ip_adapter_scale": 0.0}
+            chosen |= {"adapter": None, "ip_adapter_scale": None}
         if self.has_image and not (self.adapter or defaults.adapter):
             raise RequestError(
                 "an image was given, but the bundle has no adapter: "
