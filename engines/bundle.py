@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -149,6 +148,8 @@ def verify_files(root: Path, files: Sequence[FileRecord]) -> None:
     Raises:
         BundleError: names the first one that is damaged.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         list(pool.map(lambda file: _check_hash(root, file), files))
 

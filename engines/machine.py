@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -48,6 +47,8 @@ def has_distribution(name: str) -> bool:
 
 def distribution_version(name: str) -> str | None:
     """Version of a Python distribution, `None` where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # brings `email` and `socket`
+
     try:
         return version(name)
     except PackageNotFoundError:

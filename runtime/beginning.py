@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ipa.engines.engine import Engine
-from ipa.runtime.masks import binary_mask
+from ipa.runtime.masks import binary_mask, check_ratio
 from ipa.runtime.noise import TorchGenerator
 from ipa.runtime.request import Request
 from ipa.runtime.schedulers import Schedule
@@ -107,7 +107,7 @@ class Beginner:
             shape: channels, height and width of the latents.
             init_image, mask_image: RGB pictures.
         Raises:
-            RequestError: the mask has another ratio than the picture.
+            RequestError: the mask has another ratio than the picture that it is of.
         """
         assert request.seed is not None and request.height and request.width
         generator, only = TorchGenerator(request.seed), request.only
@@ -133,6 +133,7 @@ class Beginner:
             latents = schedule.add_noise(0, np.repeat(clean, len(noise), axis=0), noise)
         if mask_image is None:
             return Beginning(latents, draw_noise)
+        check_ratio(mask_image, init_image.size)  # both are stretched alike, whatever size is made of them
         mask = binary_mask(mask_image, *size)[None, None]
         masked = self._encode(pixels * (mask < 0.5), generator)  # drawn in any case, as diffusers does
         small = np.repeat(mask[..., :: self._downscale, :: self._downscale], len(noise), axis=0)

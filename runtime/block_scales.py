@@ -10,12 +10,12 @@ What it does not name gets 0. A list has one number for each attention of the bl
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ipa.engines.errors import RequestError
 from ipa.engines.spec import KVLayout
+from ipa.runtime.numbers import NUMBER_TEXT, is_number
 
 Scale: TypeAlias = float | str | Mapping[str, Any]
 
@@ -57,8 +57,8 @@ def check_scale(scale: object) -> None:
         for part in scale:
             if part not in ("down", "mid", "up"):
                 raise RequestError(f"ip_adapter_scale names {part!r}; a UNet has 'down', 'mid' and 'up'")
-    elif not isinstance(scale, str) and not _is_number(scale):
-        raise RequestError(f"ip_adapter_scale is {scale!r}, expected a finite number, a preset or a scale by block")
+    elif not isinstance(scale, str) and not is_number(scale):
+        raise RequestError(f"ip_adapter_scale is {scale!r}, expected {NUMBER_TEXT}, a preset or a scale by block")
 
 
 def layer_scales(scale: Scale, layout: KVLayout, family: str) -> list[float]:
@@ -118,13 +118,9 @@ def _spread(value: object, count: int, where: str) -> list[float]:
     numbers = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if len(numbers) == 1:
         numbers *= count
-    if len(numbers) != count or not all(map(_is_number, numbers)):
-        raise RequestError(f"ip_adapter_scale of {where} is {value!r}, expected a finite number or a list of {count}")
+    if len(numbers) != count or not all(map(is_number, numbers)):
+        raise RequestError(f"ip_adapter_scale of {where} is {value!r}, expected {NUMBER_TEXT}, or a list of {count}")
     return [float(number) for number in numbers]  # type: ignore[arg-type]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _blocks_text(layout: KVLayout) -> str:

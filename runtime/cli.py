@@ -60,7 +60,7 @@ def _pair(separator: str) -> Callable[[click.Context, click.Parameter, str | Non
 @click.option("--controlnet-scale", multiple=True, metavar="[NAME=]S", help="Weight of a ControlNet.  [default: 1]")
 @click.option("--control-start", multiple=True, metavar="[NAME=]F", help="From this share of the steps on, 0 to 1.")
 @click.option("--control-end", multiple=True, metavar="[NAME=]F", help="Up to this share of the steps.")
-@click.option("--guess-mode", is_flag=True, default=None, help="ControlNets count beyond what the prompt says.")
+@click.option("--guess-mode/--no-guess-mode", default=None, help="ControlNets count beyond what the prompt says.")
 @click.option("--guidance-scale", type=float, metavar="G", help="Classifier-free guidance; 1 switches it off.")
 @click.option("--guidance-rescale", type=float, metavar="R", help="0 to 1, against glare at large G.  [default: 0]")
 @click.option("--steps", "num_inference_steps", type=int, metavar="N", help="Denoising steps.")
@@ -109,22 +109,23 @@ def run(
     The paths of the pictures go to standard output, progress and warnings to standard error.
     """
     from ipa.runtime.control_options import CONTROL_OPTIONS, control_fields
-    from ipa.runtime.image_options import OPTIONS, image_fields
+    from ipa.runtime.image_options import OPTIONS, image_options
     from ipa.runtime.job import Job
 
-    images = image_fields({name: fields.pop(name) for name in OPTIONS})
-    images |= control_fields({name: fields.pop(name) for name in CONTROL_OPTIONS})
-    given = {name: value for name, value in fields.items() if value is not None} | images
+    prompts = image_options({name: fields.pop(name) for name in OPTIONS})
+    controls = control_fields({name: fields.pop(name) for name in CONTROL_OPTIONS})
+    given = {name: value for name, value in fields.items() if value is not None} | controls
     if requests is not None or batch is not None:
         if requests is None or source is not None or timings or save_image_embeds is not None:
             raise click.UsageError(
                 "--batch goes with --requests, which goes without --from, --timings and --save-image-embeds"
             )
-        _run_requests(requests, given, bundle, engine, output, trust_engines, batch, not no_metadata, output_format)
+        lines = requests, given, prompts
+        _run_requests(*lines, bundle, engine, output, trust_engines, batch, not no_metadata, output_format)
         return
     places = {"bundle": bundle, "output": output, "source": source, "trust_engines": trust_engines}
     places["save_embeds"] = save_image_embeds
-    job = Job.plan(given, engine=engine, **places)
+    job = Job.plan(given, prompts, engine=engine, **places)
     report = job.run(has_metadata=not no_metadata, show=_progress, check=_Interrupt().check)
     if job.engine == "auto" and sys.stderr.isatty():
         click.echo(f"ipa-run: engine {report.engine}", err=True)
@@ -142,6 +143,7 @@ def run(
 def _run_requests(
     requests: str,
     defaults: dict[str, Any],
+    prompts: list[Any],
     bundle: str | None,
     engine: str | None,
     output: str | None,
@@ -158,7 +160,7 @@ def _run_requests(
     from ipa.runtime.request_lines import read_lines
     from ipa.runtime.request_run import RequestRun, usual_batch
 
-    lines = read_lines(Path(requests), defaults)
+    lines = read_lines(Path(requests), defaults, prompts)
     folder = None if bundle is None else Path(bundle)
     run = RequestRun(lines, Path(output or "."), folder)
     with _progress(len(lines), "request") as bar:

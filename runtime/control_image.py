@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, Self
 
 from ipa.engines.errors import RequestError
 from ipa.runtime.image_prompt import ImageSource
+from ipa.runtime.numbers import NUMBER_TEXT, is_number
+from ipa.runtime.window import check_window, is_in_window
 
 
 @dataclass(frozen=True)
@@ -35,22 +36,13 @@ class ControlImage:
         named = f" of ControlNet '{self.name}'" if self.name else ""
         if not isinstance(self.image, ImageSource):
             raise RequestError(f"control image{named} is {self.image!r}, expected a file's path or a PIL image")
-        for key in ("scale", "start", "end"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise RequestError(f"control {key}{named} is {value!r}, expected a finite number")
-        for key in ("start", "end"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise RequestError(f"control {key}{named} is {getattr(self, key)!r}, expected a number from 0 to 1")
-        if self.start >= self.end:
-            raise RequestError(f"control start{named} is {self.start}, expected less than the end, {self.end}")
+        if not is_number(self.scale):
+            raise RequestError(f"control scale{named} is {self.scale!r}, expected {NUMBER_TEXT}")
+        check_window("control ", named, self.start, self.end)
 
     def scale_at(self, index: int, count: int) -> float:
-        """What its residuals are multiplied by in step `index` of `count`; 0 where it does not count.
-
-        Source: diffusers 0.42.1, pipeline_controlnet.py, `controlnet_keep`.
-        """
-        return self.scale if index / count >= self.start and (index + 1) / count <= self.end else 0.0
+        """What its residuals are multiplied by in step `index` of `count`; 0 where it does not count."""
+        return self.scale if is_in_window(index, count, self.start, self.end) else 0.0
 
     def record(self) -> dict[str, Any]:
         """As JSON values; a picture that came from no file is left out."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from ipa.engines.errors import RequestError
 from ipa.runtime.control_image import ControlImage
+from ipa.runtime.options import flag, named, number
 
 CONTROL_OPTIONS = ("control_image", "controlnet_scale", "control_start", "control_end")
 _NUMBERS = {"controlnet_scale": "scale", "control_start": "start", "control_end": "end"}
@@ -26,33 +27,35 @@ def control_fields(options: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     for text in options["control_image"]:
         name, file = _split(text)
         if name in images:
-            raise RequestError(f"--control-image is given twice for {_named(name)}; name each: NAME=FILE")
+            raise RequestError(f"--control-image is given twice for {named('ControlNet', name)}; name each: NAME=FILE")
         images[name] = file
     if None in images and len(images) > 1:
         raise RequestError(f"--control-image {images[None]}: which ControlNet is it for? Write NAME={images[None]}")
     numbers: dict[str | None, dict[str, float]] = {name: {} for name in images}
     for option, key in _NUMBERS.items():
         for text in options[option]:
-            name, value = _owner(_flag(option), text, images)
+            name, value = _owner(option, text, images)
             if key in numbers[name]:
-                raise RequestError(f"{_flag(option)} is given twice for {_named(name)}")
-            numbers[name][key] = _number(_flag(option), value)
+                raise RequestError(f"{flag(option)} is given twice for {named('ControlNet', name)}")
+            numbers[name][key] = number(option, value)
     controls = tuple(ControlImage(file, name, **numbers[name]) for name, file in images.items())
     return {"controls": controls} if controls else {}
 
 
-def _owner(flag: str, text: str, images: Mapping[str | None, str]) -> tuple[str | None, str]:
+def _owner(option: str, text: str, images: Mapping[str | None, str]) -> tuple[str | None, str]:
     """Whose control image a value is for. Without a name it is for the only one."""
     name, value = _split(text)
     if not images:
-        raise RequestError(f"{flag} {text} is for a control image: add --control-image [NAME=]FILE")
+        raise RequestError(f"{flag(option)} {text} is for a control image: add --control-image [NAME=]FILE")
     if name in images:
         return name, value
     known = ", ".join(str(image) for image in images if image) or "none by name"
     if name is not None:
-        raise RequestError(f"{flag} {text}: there is no control image for '{name}' (there is: {known})")
+        raise RequestError(f"{flag(option)} {text}: there is no control image for '{name}' (there is: {known})")
     if len(images) > 1:
-        raise RequestError(f"{flag} {text}: which ControlNet is it for? Write {flag} NAME={text}, with one of {known}")
+        raise RequestError(
+            f"{flag(option)} {text}: which ControlNet is it for? Write {flag(option)} NAME={text}, with one of {known}"
+        )
     return next(iter(images)), value
 
 
@@ -60,18 +63,3 @@ def _split(text: str) -> tuple[str | None, str]:
     """`[NAME=]VALUE`."""
     found = _NAMED.fullmatch(text)
     return (found[1], found[2]) if found else (None, text)
-
-
-def _number(flag: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise RequestError(f"{flag} is {text!r}, expected a number") from error
-
-
-def _named(name: str | None) -> str:
-    return "the ControlNet" if name is None else f"ControlNet '{name}'"
-
-
-def _flag(option: str) -> str:
-    return "--" + option.replace("_", "-")

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ipa.engines.errors import RequestError
 from ipa.runtime import jpeg_segments, png_chunks
@@ -26,7 +26,8 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # Without a handler, Python prints Pillow's remarks on broken files to stderr; ours is the one message there.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-# EXIF orientation -> what turns the picture upright. Source: CIPA DC-008 (Exif 2.32), tag 0x0112.
+# EXIF orientation -> what turns the picture upright. Source: CIPA DC-008 (Exif 2.32).
+_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -64,26 +65,32 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             without a defined white.
     """
     try:
-        _check_file(path)
+        check_file(path)
         with path.open("rb") as file:
             return _read(file, path, max_pixels)
     except OSError as error:
         raise RequestError(f"image {path}: {error.strerror or 'cannot be read'}") from error
 
 
-def _check_file(path: Path) -> None:
-    """Refuse folders, devices and pipes, empty and huge files before opening them."""
+def check_file(path: Path, what: str = "image") -> None:
+    """Refuse folders, devices and pipes, empty and huge files before opening them.
+
+    Raises:
+        RequestError: it is one.
+        OSError: there is no such file, or it may not be looked at.
+    """
     try:
         status = path.stat()
     except ValueError as error:  # a NUL in the name
-        raise RequestError(f"image {str(path)!r}: not a file name") from error
+        raise RequestError(f"{what} {str(path)!r}: not a file name") from error
     if not stat.S_ISREG(status.st_mode):
-        raise RequestError(f"image {path}: {'a folder' if stat.S_ISDIR(status.st_mode) else 'not a file'}; name a file")
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a file"
+        raise RequestError(f"{what} {path}: {kind}; name a file")
     if status.st_size == 0:
-        raise RequestError(f"image {path}: the file is empty")
+        raise RequestError(f"{what} {path}: the file is empty")
     if status.st_size > _MAX_FILE_BYTES:
         raise RequestError(
-            f"image {path}: {status.st_size} bytes, at most {_MAX_FILE_BYTES} are read; save it as a smaller picture"
+            f"{what} {path}: {status.st_size} bytes, at most {_MAX_FILE_BYTES} are read; use a smaller one"
         )
 
 
@@ -138,7 +145,7 @@ def _upright(image: Image.Image) -> Image.Image:
     if len(image.info.get("exif", b"")) > _MAX_EXIF_BYTES:
         return image
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # as above: broken EXIF raises anything, and the picture itself is fine
         return image
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None

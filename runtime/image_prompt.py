@@ -11,6 +11,7 @@ from PIL import Image
 
 from ipa.engines.errors import RequestError
 from ipa.runtime.block_scales import Scale, check_scale
+from ipa.runtime.window import check_window, is_in_window
 
 ImageSource: TypeAlias = Image.Image | Path | str
 
@@ -53,11 +54,7 @@ class ImagePrompt:
             check_masks(len(self.masks), len(self.images), self.adapter)
         if self.scale is not None:
             check_scale(self.scale)
-        for name, value in (("start", self.start), ("end", self.end)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise RequestError(f"ip_adapter_{name}{named} is {value!r}, expected a number from 0 to 1")
-        if self.start >= self.end:
-            raise RequestError(f"ip_adapter_start{named} is {self.start}, expected less than the end, {self.end}")
+        check_window("ip_adapter_", named, self.start, self.end)
 
     @property
     def slots(self) -> int:
@@ -65,8 +62,8 @@ class ImagePrompt:
         return len(self.masks) or 1
 
     def is_active(self, index: int, count: int) -> bool:
-        """Whether it counts in step `index` of `count`, by the rule that ControlNets have in diffusers."""
-        return index / count >= self.start and (index + 1) / count <= self.end
+        """Whether it counts in step `index` of `count`."""
+        return is_in_window(index, count, self.start, self.end)
 
     def record(self) -> dict[str, Any]:
         """As JSON values; pictures that came from no file are left out."""
@@ -75,17 +72,30 @@ class ImagePrompt:
         return {**values, "images": _paths(self.images), "masks": _paths(self.masks), "embeds": embeds}
 
     @classmethod
+    def recorded_fields(cls, record: object) -> dict[str, Any]:
+        """Those fields that a record names, by `record` or by hand.
+
+        Raises:
+            RequestError: it is no such record.
+        """
+        names = {item.name for item in fields(cls)}
+        if (
+            not isinstance(record, Mapping)
+            or not set(record) <= names
+            or not isinstance(record.get("images", []), list)
+        ):
+            raise RequestError(f"{record!r} is not an image prompt as ipa-run writes it; give --image yourself")
+        found = {name: value for name, value in record.items() if value is not None}
+        return found | {name: tuple(found[name]) for name in ("images", "masks") if isinstance(found.get(name), list)}
+
+    @classmethod
     def from_record(cls, record: object) -> Self:
         """What `record` wrote.
 
         Raises:
             RequestError: it did not.
         """
-        names = {item.name for item in fields(cls)}
-        if not isinstance(record, Mapping) or not set(record) <= names or not isinstance(record.get("images"), list):
-            raise RequestError(f"{record!r} is not an image prompt as ipa-run writes it; give --image yourself")
-        pictures = {name: tuple(record[name]) for name in ("images", "masks") if isinstance(record.get(name), list)}
-        return cls(**{**record, **pictures})
+        return cls(**cls.recorded_fields(record))
 
 
 def check_masks(masks: int, images: int, adapter: str | None) -> None:

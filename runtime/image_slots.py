@@ -21,7 +21,7 @@ from ipa.runtime.conditioning import guidance_batch, image_features
 from ipa.runtime.image_prompt import ImagePrompt, check_masks
 from ipa.runtime.images import open_image, preprocess
 from ipa.runtime.kept import Kept, Outputs
-from ipa.runtime.masks import binary_mask, mask_level
+from ipa.runtime.masks import binary_mask, check_ratio, mask_level
 
 OpenEngine = Callable[[str], Engine]  # by component
 
@@ -116,6 +116,7 @@ def image_slots(
         if not one.masks:
             slots.append(Slot(np.concatenate(shown, axis=1), None, one.prompt))
         for image_kv, picture in zip(shown, one.masks, strict=False):
+            check_ratio(picture, (width, height), manifest.vae.downscale)  # a photo's size is rounded to latents
             mask = binary_mask(picture, height, width)
             by_level = {level: mask_level(mask, level, *latents) for level in set(layout.levels)}
             slots.append(Slot(image_kv, by_level, one.prompt))

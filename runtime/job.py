@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from ipa.engines.errors import EngineError, RequestError
 from ipa.engines.registry import Choice
-from ipa.runtime.control_image import ControlImage
 from ipa.runtime.demo import demo_bundle
 from ipa.runtime.denoise import Step
-from ipa.runtime.image_prompt import ImagePrompt
 from ipa.runtime.metadata import read_request
-from ipa.runtime.output import check_writable, output_paths
+from ipa.runtime.output import check_file_writable, check_writable, output_paths
 from ipa.runtime.pipeline import Pipeline, Result
-from ipa.runtime.record import image_hashes, origin, request_record, write_pictures
+from ipa.runtime.prompt_fields import PromptFields, has_pictures, laid_over, prompts_of
+from ipa.runtime.record import file_hashes, origin, write_pictures
 from ipa.runtime.request import Request
-
-_REQUEST_FIELDS = frozenset(Request.__dataclass_fields__)
-_IMAGE_FIELDS = frozenset({"image", "adapter", "ip_adapter_scale", "image_prompts"})
+from ipa.runtime.request_record import recorded_fields, request_from, request_record
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class Job:
     output: Path
     recorded_engine: str | None = None  # that made the picture this job makes again; used where it can run
     warnings: tuple[str, ...] = ()
-    unet_sha256: str | None = None  # of the UNet that made the picture this job makes again
+    models: Mapping[str, str] = field(default_factory=dict)  # those that made it, by sha256
     trust_engines: Path | None = None  # folder of engine plans in place of the user's cache
     save_embeds: Path | None = None  # where the features of the image prompt go
 
@@ -72,6 +69,7 @@ class Job:
     def plan(
         cls,
         given: Mapping[str, Any],
+        prompts: Sequence[PromptFields] = (),
         *,
         bundle: str | None,
         engine: str | None,
@@ -83,41 +81,32 @@ class Job:
         """Check everything that can be checked before a model is opened.
 
         Args:
-            given: fields of `Request` that the user named.
+            given: fields of `Request` that the user named, but for
+            prompts: image prompts, by the fields that the user named.
             bundle, engine, output, trust_engines, save_embeds: as on the command line.
-            source: a PNG of ours whose request the given fields override.
+            source: a PNG of ours whose request the given fields and image prompts override.
         Raises:
             RequestError: a field, the source or the output does not fit.
         """
         recorded: Mapping[str, Any] = read_request(Path(source)) if source is not None else {}
-        fields = {name: value for name, value in recorded.items() if name in _REQUEST_FIELDS}
+        try:
+            fields = recorded_fields(recorded)
+            before = [prompt for prompt in prompts_of(fields) if has_pictures(prompt) or prompt.get("adapter")]
+        except RequestError as error:
+            raise RequestError(f"{source}: {error}") from error
         if "num_images" in given or "seed" in given:
             fields.pop("only", None)
-        if fields.get("image_prompts") and not _IMAGE_FIELDS.isdisjoint(given):
-            if "image" not in given and "image_prompts" not in given:
-                raise RequestError(f"{source} has several image prompts, which change as a whole: give --image again")
-            del fields["image_prompts"]
-        if "image_prompts" in given:
-            fields = {name: value for name, value in fields.items() if name not in _IMAGE_FIELDS}
-        elif "image_prompts" in fields:
-            prompts = fields["image_prompts"]
-            if not isinstance(prompts, list):
-                raise RequestError(f"{source}: image_prompts is {prompts!r}, expected a list; give --image yourself")
-            fields["image_prompts"] = tuple(map(ImagePrompt.from_record, prompts))
-        if "controls" in fields and "controls" not in given:
-            fields["controls"] = ControlImage.from_records(fields["controls"])
-        request = Request(**{**fields, **given})
-        if not request.prompt and not request.has_image and not request.controls:
-            raise RequestError("nothing to draw from: give --prompt, --image or both")
-        warnings = [
-            f"{name} is not the image that {source} was made with; the result will differ"
-            for name in _changed_images(request, recorded, given)
-        ]
+        request = request_from({**fields, **given}, laid_over(before, prompts))
+        warnings = [] if source is None else _changed_files(request, recorded, given, prompts, source)
         folder = bundle if bundle is not None else recorded.get("bundle")
         target = Path(output) if output is not None else Path()
         check_writable(target)
-        if save_embeds is not None and len(request.all_image_prompts) != 1:
-            raise RequestError(f"--save-image-embeds keeps one image prompt, this has {len(request.all_image_prompts)}")
+        if save_embeds is not None:
+            if len(request.all_image_prompts) != 1:
+                raise RequestError(
+                    f"--save-image-embeds keeps one image prompt, this has {len(request.all_image_prompts)}"
+                )
+            check_file_writable(Path(save_embeds))
         return cls(
             request,
             None if folder is None else Path(str(folder)),
@@ -125,7 +114,7 @@ class Job:
             target,
             recorded.get("engine") if engine is None else None,
             tuple(warnings),
-            recorded.get("unet_sha256") if bundle is None else None,
+            _strings(recorded.get("models")) if bundle is None else {},
             None if trust_engines is None else Path(trust_engines),
             None if save_embeds is None else Path(save_embeds),
         )
@@ -155,15 +144,19 @@ class Job:
             finally:
                 if bar is not None:
                     bar.close()
+            about, engine = origin(pipeline, result.request, self.bundle), pipeline.choice
+            assert result.request.seed is not None
+            paths = output_paths(self.output, len(result.images), result.request.seed)
+            write_pictures(result, paths, about if has_metadata else None)
             if self.save_embeds is not None:
                 self._save_embeds(self.save_embeds, pipeline, result.request)
-            about, engine = origin(pipeline, self.request, self.bundle), pipeline.choice
         warnings = [*self.warnings, *warnings, *result.warnings]
-        if self.unet_sha256 not in (None, about["unet_sha256"]):
-            warnings.append("the bundle's UNet is not the one that made the picture; the result will differ")
-        assert result.request.seed is not None
-        paths = output_paths(self.output, len(result.images), result.request.seed)
-        write_pictures(result, paths, about if has_metadata else None)
+        changed = [name for name, now in about["models"].items() if self.models.get(name, now) != now]
+        if changed:
+            warnings.append(
+                f"the bundle's {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} not what made the picture; "
+                "the result will differ"
+            )
         return Report(paths, result, engine, str(self.bundle or "demo"), warnings)
 
     def _save_embeds(self, path: Path, pipeline: Pipeline, request: Request) -> None:
@@ -180,19 +173,33 @@ class Job:
         if self.recorded_engine is None:
             return Pipeline.open(folder, engine=self.engine, **options), []
         try:
-            return Pipeline.open(folder, engine=self.recorded_engine, **options), []
+            return Pipeline.open(folder, engine=self.recorded_engine, is_flexible=True, **options), []
         except EngineError as error:
             warning = f"the picture was made with the engine '{self.recorded_engine}': {error}; small differences"
             return Pipeline.open(folder, engine=self.engine, **options), [warning]
 
 
-def _changed_images(request: Request, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """The pictures that are taken from the record and are other ones now."""
-    own = {name for name in ("image", "init_image", "mask_image", "controls") if name in given}
-    own |= {"image"} if "image_prompts" in given else set()
-    hashes = image_hashes(request)
-    names = [key.removesuffix("_sha256") for key, now in hashes.items() if key in recorded and recorded[key] != now]
-    pictures = {name: getattr(request, name, None) or "an image" for name in names if name not in own}
-    if "controls" in pictures:
-        pictures["controls"] = "a control image"
-    return [str(picture) for picture in pictures.values()]
+def _changed_files(
+    request: Request,
+    recorded: Mapping[str, Any],
+    given: Mapping[str, Any],
+    prompts: Sequence[PromptFields],
+    source: str,
+) -> list[str]:
+    """Warnings of files that the record names and that are other ones now; not of those that the user named again."""
+    hashes = _strings(recorded.get("files"))
+    named = {str(value) for value in (given.get("init_image"), given.get("mask_image"))}
+    named |= {str(control.image) for control in given.get("controls", ())}
+    for prompt in prompts:
+        named |= {str(value) for value in (*prompt.get("images", ()), *prompt.get("masks", ()), prompt.get("embeds"))}
+    return [
+        f"{path} is not the file that {source} was made with; the result will differ"
+        for path, now in file_hashes(request).items()
+        if path not in named and hashes.get(path, now) != now
+    ]
+
+
+def _strings(record: object) -> Mapping[str, str]:
+    """A JSON object of texts; nothing where a picture's record has something else there."""
+    found = record.items() if isinstance(record, Mapping) else ()
+    return {str(name): value for name, value in found if isinstance(value, str)}

@@ -21,20 +21,29 @@ def binary_mask(image: Image.Image, height: int, width: int) -> FloatArray:
     """A mask at the picture's size: 1 where it is bright, 0 where it is dark.
 
     Args:
-        image: an RGB picture with the sides' ratio of the one to be made.
+        image: an RGB picture.
     Returns:
         (height, width), only 0 and 1.
-    Raises:
-        RequestError: its sides have another ratio.
     Source: diffusers 0.42.1, image_processor.py, `IPAdapterMaskProcessor.preprocess`.
     """
-    # What it measures along one side, to within a pixel of either picture.
-    if abs(image.width * height - image.height * width) > max(image.width, image.height, height, width):
-        raise RequestError(
-            f"a mask is {image.width}x{image.height}, the picture {width}x{height}: crop the mask to the same ratio"
-        )
     grey = image.resize((width, height), Image.Resampling.LANCZOS).convert("L")
     return (np.asarray(grey, np.float32) / 255 >= 0.5).astype(np.float32)
+
+
+def check_ratio(mask: Image.Image, size: tuple[int, int], slack: int = 1) -> None:
+    """Refuse a mask that would be stretched out of shape to fit what it is a mask of.
+
+    Args:
+        size: width and height of that.
+        slack: pixels along a side, of either picture, that may be missing.
+    Raises:
+        RequestError: the sides have another ratio.
+    """
+    width, height = size
+    if abs(mask.width * height - mask.height * width) > slack * max(*mask.size, *size):
+        raise RequestError(
+            f"a mask is {mask.width}x{mask.height}, the picture {width}x{height}: crop the mask to the same ratio"
+        )
 
 
 def mask_level(mask: FloatArray, level: int, latent_height: int, latent_width: int) -> FloatArray:

@@ -25,7 +25,24 @@ def check_writable(output: Path) -> None:
         RequestError: another format than PNG, a file where a folder is meant, a missing parent folder, or a
             folder that cannot be written to.
     """
-    folder = output if _is_folder(output) and output.exists() else output.parent
+    _check_folder(output, output if is_folder(output) and output.exists() else output.parent)
+
+
+def check_file_writable(path: Path) -> None:
+    """The same for a file that is no picture.
+
+    Raises:
+        RequestError: it is a folder, its folder is missing or cannot be written to.
+    """
+    try:
+        if path.is_dir():
+            raise RequestError(f"output {path}: is a folder; name a file in it")
+    except OSError as error:
+        raise RequestError(f"output {path}: {error.strerror}") from error
+    _check_folder(path, path.parent)
+
+
+def _check_folder(output: Path, folder: Path) -> None:
     if not folder.is_dir():
         raise RequestError(f"output {output}: there is no folder {folder}; make it first")
     probe = _temporary(folder)
@@ -46,7 +63,7 @@ def output_paths(output: Path, n: int, seed: int) -> list[Path]:
     Raises:
         RequestError: another format than PNG, a file where a folder is meant, or the folder cannot be made.
     """
-    if not _is_folder(output):
+    if not is_folder(output):
         return [output] if n == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(n)]
     try:
         output.mkdir(exist_ok=True)
@@ -100,8 +117,12 @@ def _temporary(folder: Path) -> Path:
     return folder / f".{secrets.token_hex(8)}.tmp"
 
 
-def _is_folder(output: Path) -> bool:
-    """Whether `output` names a folder: one that exists, or a new name that is not a picture's."""
+def is_folder(output: Path) -> bool:
+    """Whether `output` names a folder: one that exists, or a new name that is not a picture's.
+
+    Raises:
+        RequestError: another format than PNG, or a file where a folder is meant.
+    """
     try:
         if output.is_dir():
             return True

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ipa.engines.bundle import hash_file
-from ipa.runtime.image_prompt import ImageSource
+from ipa.engines.errors import RequestError
+from ipa.runtime.image_files import check_file
 from ipa.runtime.metadata import pnginfo
 from ipa.runtime.output import write_png
 from ipa.runtime.pipeline import Pipeline, Result
 from ipa.runtime.request import Request
-
-
-def request_record(request: Request) -> dict[str, Any]:
-    """A request as JSON values; a picture that came from no file is left out."""
-    record = {item.name: getattr(request, item.name) for item in fields(request)}
-    for name in ("image", "init_image", "mask_image"):
-        picture = getattr(request, name)
-        record[name] = str(picture) if isinstance(picture, str | Path) else None
-    record["image_prompts"] = [prompt.record() for prompt in request.image_prompts]
-    record["controls"] = [control.record() for control in request.controls]
-    return record
+from ipa.runtime.request_record import request_record
 
 
 def origin(pipeline: Pipeline, request: Request, bundle: Path | None) -> dict[str, Any]:
-    """What else decided the pictures: models by hash, the engine, and the images' content.
+    """What else decided the pictures: models and files by hash, the engine.
 
     Args:
+        request: as it was carried out.
         bundle: as the user named it; `None`: the demo bundle.
+    Raises:
+        RequestError: a file that the request names cannot be read.
     """
+    from importlib.metadata import version
+
     return {
         "bundle": None if bundle is None else str(bundle),
-        **image_hashes(request),
-        "unet_sha256": pipeline.manifest.components["unet"].files[-1].sha256,
+        "files": file_hashes(request),
+        "models": pipeline.models(request),
         "engine": pipeline.engine,
         "version": version("ipa-runtime"),
     }
@@ -58,23 +53,21 @@ def write_pictures(result: Result, paths: Sequence[Path], about: Mapping[str, An
         write_png(image, path, info)
 
 
-def image_hashes(request: Request) -> dict[str, Any]:
-    """Of every picture that a request is made with, by the name it has in the record."""
-    return {
-        "image_sha256": _prompt_hash(request),
-        "init_image_sha256": _file_hash(request.init_image),
-        "mask_image_sha256": _file_hash(request.mask_image),
-        "controls_sha256": [_file_hash(control.image) for control in request.controls],
-    }
+def file_hashes(request: Request) -> dict[str, str]:
+    """sha256 of every file that a request is made with, by its path as the request has it.
+
+    Raises:
+        RequestError: a file cannot be read, or is too large for a picture.
+    """
+    prompts = request.all_image_prompts
+    found = [picture for prompt in prompts for picture in (*prompt.images, *prompt.masks, prompt.embeds)]
+    found += [request.init_image, request.mask_image, *(control.image for control in request.controls)]
+    return {str(path): _file_hash(Path(path)) for path in found if isinstance(path, str | Path)}
 
 
-def _prompt_hash(request: Request) -> str | list[str | None] | None:
-    """Of the image; where there are several prompts, of all their images and masks."""
-    if not request.image_prompts:
-        return _file_hash(request.image)
-    return [_file_hash(picture) for prompt in request.image_prompts for picture in (*prompt.images, *prompt.masks)]
-
-
-def _file_hash(picture: ImageSource | None) -> str | None:
-    path = Path(picture) if isinstance(picture, str | Path) else None
-    return hash_file(path) if path is not None and path.is_file() else None
+def _file_hash(path: Path) -> str:
+    try:
+        check_file(path)
+        return hash_file(path)
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror or 'cannot be read'}") from error

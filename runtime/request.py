@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from ipa.runtime.block_scales import Scale, check_scale
 from ipa.runtime.control_image import ControlImage
 from ipa.runtime.image_prompt import ImagePrompt, ImageSource
 from ipa.runtime.noise import SEED_LIMIT
+from ipa.runtime.numbers import NUMBER_TEXT, is_number
 from ipa.runtime.schedulers import SCHEDULER_NAMES
 
 SIZE_MULTIPLE = 8  # pixels per latent
@@ -171,7 +171,7 @@ class Request:
         elif self.image is None:
             if self.adapter or self.ip_adapter_scale:
                 raise RequestError("an adapter or its scale was given, but no image: add --image, or leave them out")
-            chosen |= {"adapter": None, "ip_adapter_scale": 0.0}
+            chosen |= {"adapter": None, "ip_adapter_scale": None}
         if self.has_image and not (self.adapter or defaults.adapter):
             raise RequestError(
                 "an image was given, but the bundle has no adapter: "
@@ -237,5 +237,5 @@ def _check_int(name: str, value: int | None, low: int, high: int) -> None:
 def _check_finite(name: str, value: float | None) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RequestError(f"{name} is {value!r}, expected a finite number")
+    if not is_number(value):
+        raise RequestError(f"{name} is {value!r}, expected {NUMBER_TEXT}")

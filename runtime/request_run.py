@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ipa.engines.errors import EngineError, IpaError, RequestError
+from ipa.engines.errors import IpaError, RequestError
 from ipa.engines.registry import backend_named
+from ipa.runtime.output import check_writable, is_folder
 from ipa.runtime.pipeline import Pipeline, Result
-from ipa.runtime.record import origin, request_record, write_pictures
+from ipa.runtime.record import origin, write_pictures
 from ipa.runtime.request import Request
-from ipa.runtime.request_lines import RequestLine
+from ipa.runtime.request_lines import RequestLine, picture_names
+from ipa.runtime.request_record import request_record
 
 Report = Callable[[RequestLine, Result | None, str], None]
 RESULTS_FILE = "results.jsonl"
@@ -42,7 +44,8 @@ class RequestRun:
     """A file of requests, carried out into a folder.
 
     `results.jsonl` there gets one line for each request that is finished, in one write. A request is skipped when the
-    newest such line for its id says that the same request was done and its pictures are still there.
+    newest such line for its id says that the same request was done, its pictures are still there, and every model and
+    file that it is made with is the one it was. The engine may be another: what differs then is rounding.
     """
 
     def __init__(self, lines: Sequence[RequestLine], output: Path, bundle: Path | None) -> None:
@@ -52,16 +55,19 @@ class RequestRun:
             bundle: as the user named it, for the pictures' record.
 
         Raises:
-            RequestError: the folder cannot be made, or its record cannot be read.
+            RequestError: the output is no folder, cannot be made or written to, or its record cannot be read.
         """
         self.lines, self.output, self._bundle = lines, output, bundle
         self.summary = Summary()
+        if not is_folder(output):
+            raise RequestError(f"--output {output}: is a picture, and --requests makes many: name a folder")
         try:
             output.mkdir(exist_ok=True)
             self._finished = _finished(output / RESULTS_FILE)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise RequestError(f"--output {output}: must be a folder that can be written to ({reason})") from error
+        check_writable(output)
 
     def run(
         self,
@@ -72,18 +78,27 @@ class RequestRun:
         report: Report,
         check: Callable[[], None] = lambda: None,
     ) -> Summary:
-        """Carry out what is not done.
+        """Carry out what is not done. What one request meets, an engine's refusal included, does not stop the others.
 
         Args:
             batch: most pictures in one call of the UNet; requests are put together only if they can share it.
             has_metadata: whether the pictures carry their request.
             report: called for each line: with its result, why there is none, or neither if it was done before.
             check: called after each step; raises to stop.
+        Raises:
+            EngineError: an engine that every request needs cannot be opened.
+            RequestError: the record cannot be written, so that nothing would count as done.
         """
         for lines in self._batches(pipeline, batch, report):
             for group in self._carried_out(lines, pipeline, check, report):
                 for line, result in group:
-                    self._keep(line, result, pipeline, has_metadata)
+                    try:
+                        record = self._written(line, result, pipeline, has_metadata)
+                    except RequestError as error:  # a folder of the picture's name, a full disk
+                        self._fail(line, str(error), report)
+                        continue
+                    self._append(json.dumps(record))
+                    self.summary.done += 1
                     report(line, result, "")
         return self.summary
 
@@ -91,10 +106,10 @@ class RequestRun:
         self, lines: list[RequestLine], pipeline: Pipeline, check: Callable[[], None], report: Report
     ) -> Iterator[list[tuple[RequestLine, Result]]]:
         """The results of a batch, together; one by one where a request spoils it."""
+        if pipeline.keep_engines:
+            pipeline.load()  # what cannot be opened here would meet every other request, too
         try:
             results = pipeline.run_batch([_request(line) for line in lines], lambda step: check())
-        except EngineError:
-            raise  # it would meet every other request, too
         except IpaError as error:
             if len(lines) == 1:
                 self._fail(lines[0], str(error), report)
@@ -112,14 +127,12 @@ class RequestRun:
             if line.request is None:
                 self._fail(line, line.problem, report)
                 continue
-            if self._is_finished(line):
+            if self._is_finished(line, pipeline):
                 self.summary.skipped += 1
                 report(line, None, "")
                 continue
             try:
                 key = pipeline.batch_key(line.request)
-            except EngineError:
-                raise
             except IpaError as error:
                 self._fail(line, str(error), report)
                 continue
@@ -131,30 +144,39 @@ class RequestRun:
         if group:
             yield group
 
-    def _is_finished(self, line: RequestLine) -> bool:
+    def _is_finished(self, line: RequestLine, pipeline: Pipeline) -> bool:
         record = self._finished.get(line.id)
         if record is None or record.get("request") != _asked(line):
             return False
-        return all((self.output / str(name)).is_file() for name in record.get("images", []))
+        if not all((self.output / str(name)).is_file() for name in record.get("images", [])):
+            return False
+        try:
+            now = origin(pipeline, _request(line), self._bundle)
+        except IpaError:
+            return False  # when it is carried out, it says why
+        return all(record.get(name) == now[name] for name in ("models", "files"))
 
-    def _keep(self, line: RequestLine, result: Result, pipeline: Pipeline, has_metadata: bool) -> None:
-        """Write the pictures, then the line that says so."""
-        names = (
-            [f"{line.id}.png"] if len(result.images) == 1 else [f"{line.id}-{i}.png" for i in range(len(result.images))]
-        )
+    def _written(self, line: RequestLine, result: Result, pipeline: Pipeline, has_metadata: bool) -> dict[str, Any]:
+        """Write the pictures; what to keep on record of them."""
+        names = picture_names(line.id, len(result.images))
         about = origin(pipeline, result.request, self._bundle)
         write_pictures(result, [self.output / name for name in names], about if has_metadata else None)
-        record = {
+        return {
             "id": line.id,
             "images": names,
             "request": _asked(line),
             "seed": result.request.seed,
             "warnings": result.warnings,
             "seconds": result.seconds,
-            "engine": pipeline.engine,
+            **about,
         }
-        _append(self.output / RESULTS_FILE, json.dumps(record))
-        self.summary.done += 1
+
+    def _append(self, line: str) -> None:
+        path = self.output / RESULTS_FILE
+        try:
+            _append(path, line)
+        except OSError as error:
+            raise RequestError(f"{path}: cannot be written ({error.strerror}); nothing would count as done") from error
 
     def _fail(self, line: RequestLine, why: str, report: Report) -> None:
         self.summary.failed += 1
@@ -177,7 +199,7 @@ def _finished(path: Path) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     if not path.exists():
         return found
-    for text in path.read_text("utf-8", "replace").splitlines():
+    for text in path.read_text("utf-8", "replace").split("\n"):
         try:
             record = json.loads(text)
         except ValueError:

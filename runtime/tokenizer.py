@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
 from ipa.engines.errors import BundleError, RequestError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # CLIP reads 75 tokens, about as many words; more than this is a file passed by mistake.
 MAX_CHARACTERS = 20_000
@@ -57,6 +60,8 @@ class Tokenizer:
         Raises:
             BundleError: the file is missing, broken, or not a CLIP tokenizer.
         """
+        import tokenizers
+
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

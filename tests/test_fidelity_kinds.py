@@ -19,7 +19,7 @@ from test_fidelity import last_latents, make_request, run_diffusers
 
 from ipa.engines.bundle import hash_file
 from ipa.export.checks import TOLERANCES
-from ipa.runtime import Pipeline
+from ipa.runtime import ImagePrompt, Pipeline, Request
 
 NAMES = {"base": "tiny", "plus": "plus", "full-face": "full-face"}  # of the bundle's adapters, by kind
 KINDS = tuple(NAMES)
@@ -60,6 +60,12 @@ def test_one_unet_graph_serves_all(tiny_bundle: Path, tiny_kinds_bundle: Path, p
         "plus": ("plus", 16, "hidden_states", "zero-pixels"),
         "full-face": ("full-face", 37, "hidden_states", "zero-pixels"),
     }
+
+
+def test_embeds_of_unlike_tokens_share_no_batch(pipeline: Pipeline) -> None:
+    """What a file holds is read later; how many tokens an adapter makes of an image is known."""
+    requests = [Request(image_prompts=(ImagePrompt(adapter=name, embeds="x"),)) for name in NAMES.values()]
+    assert len({pipeline.batch_key(request) for request in requests}) == len(requests)
 
 
 @pytest.mark.parametrize("scale", [0.7, 1.0])

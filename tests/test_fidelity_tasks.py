@@ -142,8 +142,12 @@ def test_image_to_image(
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "strength", "fields"),
-    [("ddim", 1.0, {"eta": 0.5}), ("ddim", 0.6, {"num_images": 2}), ("euler-ancestral", 1.0, {})],
+    ("scheduler", "strength", "photo", "size", "fields"),
+    [
+        ("ddim", 1.0, (72, 64), (72, 64), {"eta": 0.5}),
+        ("ddim", 0.6, (100, 67), (96, 64), {"num_images": 2}),  # rounded down to whole latents
+        ("euler-ancestral", 1.0, (72, 64), (64, 80), {"height": 80, "width": 64}),  # stretched, with its mask
+    ],
 )
 def test_inpainting_with_an_ordinary_model(
     pipeline: Pipeline,
@@ -151,11 +155,14 @@ def test_inpainting_with_an_ordinary_model(
     tiny_adapter_file: Path,
     scheduler: str,
     strength: float,
+    photo: tuple[int, int],
+    size: tuple[int, int],
     fields: dict[str, Any],
 ) -> None:
-    request = make_request(scheduler=scheduler, strength=strength, mask_image=hole(), **fields)
-    size = {"mask_image": hole(), "height": 64, "width": 72}
-    expected = run_diffusers(StableDiffusionInpaintPipeline, tiny_base, tiny_adapter_file, request, **size)
+    task = {"init_image": picture(2, *photo), "mask_image": hole(*photo), "strength": strength}
+    request = make_request(scheduler=scheduler, **task, **fields)
+    given = {"mask_image": request.mask_image, "width": size[0], "height": size[1]}
+    expected = run_diffusers(StableDiffusionInpaintPipeline, tiny_base, tiny_adapter_file, request, **given)
     assert_same_latents(last_latents(pipeline, request), expected)
 
 

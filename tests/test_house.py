@@ -84,7 +84,10 @@ def test_help_needs_no_framework(command: str) -> None:
 def test_importing_the_runtime_is_light() -> None:
     """60 MiB in all is the promise for an interpreter with everything a pipeline imports."""
     code = (
+        "import sys\n"
         "from ipa.runtime import Pipeline, Request\n"
+        "late = {'concurrent.futures', 'email', 'importlib.metadata', 'socket', 'tokenizers'} & set(sys.modules)\n"
+        "assert not late and 'ipa.runtime.schedulers.ddim' not in sys.modules, late\n"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmRSS')))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

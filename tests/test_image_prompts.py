@@ -22,6 +22,8 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from parity import assert_same_latents
 from PIL import Image
 from safetensors.numpy import save_file
+from safetensors.torch import save
+from safetensors.torch import save_file as save_torch_file
 from tiny import EMBED_WIDTH, tiny_adapter
 
 from ipa.engines.errors import IpaError, RequestError
@@ -259,7 +261,8 @@ def test_embeds_are_diffusers_own(pipeline: Pipeline, oracle: Any, tmp_path: Pat
     file = tmp_path / "theirs.safetensors"
     with torch.no_grad():
         embeds = oracle.prepare_ip_adapter_image_embeds([[picture(1), picture(2)], picture(3)], None, "cpu", 1, True)
-    save_file({"image_embeds": embeds[0].contiguous().numpy()}, file)
+    unread = torch.zeros(3, dtype=torch.bfloat16)  # which numpy has not
+    save_torch_file({"image_embeds": embeds[0].contiguous(), "unread": unread}, file)
     found = ours(pipeline, ImagePrompt(adapter="a", scale=0.8, embeds=file), ImagePrompt((picture(3),), "b", 0.3))
     assert_same_latents(found, theirs(oracle, [[picture(1), picture(2)], picture(3)], [0.8, 0.3]))
 
@@ -269,10 +272,14 @@ def test_embeds_are_diffusers_own(pipeline: Pipeline, oracle: Any, tmp_path: Pat
     [
         (None, "cannot be read"),
         (b"no tensors", "cannot be read"),
-        ({"image_embeds": np.zeros((2, 1, 7), np.float32)}, r"hold image_embeds \(2, 1, 7\); the adapter reads"),
+        ({"image_embeds": np.zeros((2, 1, 7), np.float32)}, r"hold image_embeds F32\(2, 1, 7\); the adapter reads"),
         ({"hidden_states": np.zeros((2, 1, 4, 4), np.float32)}, "the adapter reads image_embeds"),
         ({"image_embeds": np.full((2, 1, EMBED_WIDTH), np.nan, np.float32)}, "NaN"),
         ({"image_embeds": np.zeros((1, 1, EMBED_WIDTH), np.float32)}, "the adapter reads"),
+        ({"image_embeds": np.zeros((2, 65, EMBED_WIDTH), np.float32)}, "at most 64 images"),
+        (b"", "the file is empty"),
+        (save({"image_embeds": torch.zeros(2, 1, EMBED_WIDTH, dtype=torch.bfloat16)}), r"BF16.*in F16, F32, F64"),
+        (save({"image_embeds": torch.zeros(2, 1, EMBED_WIDTH).to(torch.float8_e4m3fn)}), r"F8_E4M3.*in F16, F32, F64"),
     ],
 )
 def test_bad_embeds(pipeline: Pipeline, tmp_path: Path, content: Any, message: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ipa.engines import registry
+from ipa.engines.engine import GraphFile
 from ipa.engines.registry import Backend
 from ipa.runtime import Pipeline
 from ipa.runtime.cli import SCHEDULERS, main
@@ -128,6 +131,24 @@ def test_from_takes_the_engine_that_made_the_picture(
     assert "made with the engine 'openvino': the engine 'openvino' is not installed: run" in err
 
 
+def test_from_is_as_lenient_as_auto_was(
+    ipa_run: Run, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine of the base model cannot run the adapter, as where it was built for the one alone."""
+
+    def obstacle(graphs: Sequence[GraphFile]) -> str:
+        return "not built" if any(graph.component.startswith("ip_adapter/") for graph in graphs) else ""
+
+    backends = [replace(one, obstacle=obstacle) if one.name == "openvino" else one for one in registry.BACKENDS]
+    monkeypatch.setattr(registry, "BACKENDS", tuple(backends))
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    arguments = ["--image", reference, *SMALL, "--seed", 2, "--engine", "auto", "--format", "json", "--output", first]
+    assert json.loads(ipa_run(*arguments)[1])["engine"] == "openvino"
+    code, out, err = ipa_run("--from", first, "--output", again, "--format", "json")
+    assert (code, err, json.loads(out)["engine"]) == (0, "", "openvino")
+    np.testing.assert_array_equal(pixels(first), pixels(again))
+
+
 def test_auto_says_which_engine_and_why(
     ipa_run: Run, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +175,7 @@ def test_from_takes_overrides_and_notices_another_image(ipa_run: Run, reference:
     Image.new("RGB", (30, 30), "red").save(reference)
     code, _, err = ipa_run("--from", first, "--output", other)
     assert code == 0
-    assert "is not the image" in err
+    assert "is not the file that" in err
 
 
 def test_no_metadata_leaves_none(ipa_run: Run, reference: Path, tmp_path: Path) -> None:
@@ -207,7 +228,9 @@ def test_options_without_effect_are_refused_or_warned_of(ipa_run: Run, tmp_path:
     assert "but no image" in refused(ipa_run("--prompt", "a cat", *SMALL, "--adapter", "default"))
     arguments = ["--prompt", "a cat", *SMALL, "--negative-prompt", "dog", "--output", tmp_path / "x.png"]
     assert ipa_run(*arguments)[2] == ""
-    assert "negative prompt has no effect at guidance scale 1.0" in ipa_run(*arguments, "--guidance-scale", 1)[2]
+    warned = ipa_run(*arguments, "--guidance-scale", 1, "--guidance-rescale", 0.7)[2]
+    for name in ("negative prompt", "guidance rescale"):
+        assert f"the {name} has no effect at guidance scale 1.0" in warned
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "CMYK", "I;16", "L", "1", "LA"])

@@ -114,7 +114,7 @@ def test_a_picture_is_made_again(ipa_run: Run, tiny_control_bundle: Path) -> Non
     code, _, err = ipa_run("--from", "1.png", "--output", "4.png")
     assert (code, err) == (
         0,
-        "ipa-run: warning: a control image is not the image that 1.png was made with; the result will differ\n",
+        "ipa-run: warning: pose.png is not the file that 1.png was made with; the result will differ\n",
     )
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from ipa.engines.errors import RequestError
-from ipa.runtime.image_options import OPTIONS, image_fields
+from ipa.runtime.image_options import OPTIONS, image_options
 from ipa.runtime.image_prompt import ImagePrompt
+from ipa.runtime.prompt_fields import laid_over, request_fields
 
 
 def fields(**given: list[str]) -> dict[str, Any]:
     assert set(given) <= set(OPTIONS)
-    return image_fields({option: given.get(option, []) for option in OPTIONS})
+    return request_fields(image_options({option: given.get(option, []) for option in OPTIONS}))
 
 
 def test_one_image_is_a_simple_request() -> None:
@@ -56,7 +57,7 @@ def test_several_adapters_have_their_own_options() -> None:
         ({"image": ["x"], "ip_adapter_scale": ["loud"]}, "neither a number nor one of style"),
         ({"image": ["x"], "ip_adapter_scale": ["{"]}, "neither a number"),
         ({"image": ["x"], "ip_adapter_scale": ["inf"]}, "finite"),
-        ({"image": ["x"], "ip_adapter_start": ["early"]}, "'early', expected a number from 0 to 1"),
+        ({"image": ["x"], "ip_adapter_start": ["early"]}, "'early', expected a number"),
         ({"ip_adapter_mask": ["m.png"]}, "no image"),
     ],
 )
@@ -68,6 +69,45 @@ def test_bad_options(given: dict[str, list[str]], message: str) -> None:
 def test_a_prompt_survives_its_record() -> None:
     prompt = ImagePrompt(("1.png",), "a", {"mid": 0.5}, masks=("m.png",), start=0.25)
     assert ImagePrompt.from_record(json.loads(json.dumps(prompt.record()))) == prompt
+
+
+IN = {"images": ("1.png",)}
+
+
+@pytest.mark.parametrize(
+    ("base", "over", "expected"),
+    [
+        (
+            [{**IN, "scale": 0.3, "end": 0.5}],
+            [{"images": ("2.png",)}],
+            [{"images": ("2.png",), "scale": 0.3, "end": 0.5}],
+        ),
+        ([{**IN, "adapter": "a", "scale": 0.3}], [{"adapter": "b"}], [{**IN, "adapter": "b", "scale": 0.3}]),
+        ([{**IN, "scale": 0.3}], [{"end": 0.5}], [{**IN, "scale": 0.3, "end": 0.5}]),
+        ([{"embeds": "e", "scale": 0.3}], [IN], [{**IN, "scale": 0.3}]),
+        ([{**IN, "masks": ("m.png",)}], [{"embeds": "e"}], [{"embeds": "e", "masks": ("m.png",)}]),
+        (
+            [{**IN, "adapter": "a", "scale": 0.3}, {**IN, "adapter": "b", "end": 0.5}],
+            [{"adapter": "b", "scale": 0.7}],
+            [{**IN, "adapter": "a", "scale": 0.3}, {**IN, "adapter": "b", "end": 0.5, "scale": 0.7}],
+        ),
+        (
+            [{**IN, "adapter": "a", "scale": 0.3}],
+            [{"adapter": "b", "images": ("2.png",)}, {"adapter": "a", "end": 0.5}],
+            [{"adapter": "b", "images": ("2.png",)}, {**IN, "adapter": "a", "scale": 0.3, "end": 0.5}],
+        ),
+        ([], [IN], [IN]),
+        ([IN, IN], [], [IN, IN]),
+    ],
+)
+def test_what_is_named_goes_over_what_was_there(base: list[Any], over: list[Any], expected: list[Any]) -> None:
+    assert laid_over(base, over) == expected
+
+
+@pytest.mark.parametrize("over", [{"images": ("2.png",)}, {"adapter": "c"}])
+def test_one_of_several_image_prompts_has_to_be_named(over: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="say which one changes by --adapter NAME, with NAME one of a, b"):
+        laid_over([{**IN, "adapter": "a"}, {**IN, "adapter": "b"}], [over])
 
 
 @pytest.mark.parametrize("record", ["x", {}, {"images": "x"}, {"images": ["x"], "colour": 1}, {"images": [1]}])

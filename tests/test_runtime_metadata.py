@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from ipa.engines.errors import RequestError
 from ipa.runtime import ControlImage, Request
 from ipa.runtime.metadata import parameters_text, pnginfo, read_request
-from ipa.runtime.record import request_record
+from ipa.runtime.request_record import request_record
 from ipa.runtime.schedulers import SCHEDULER_NAMES
 
 REQUEST: dict[str, Any] = {

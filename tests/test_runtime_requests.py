@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ipa.engines.errors import RequestError
-from ipa.runtime import Pipeline, Request
+from ipa.engines import bundle
+from ipa.engines.errors import EngineError, RequestError
+from ipa.runtime import ImagePrompt, Pipeline, Request
 from ipa.runtime.request_lines import read_lines
 from ipa.runtime.request_run import RESULTS_FILE, RequestRun
 
@@ -99,6 +101,16 @@ def test_what_is_done_is_not_done_again(folder: Path, tiny_bundle: Path) -> None
     third, _ = carry_out(file, tiny_bundle)
     assert (third.summary.done, third.summary.skipped) == (0, 4)
 
+    Image.new("RGB", (30, 30), "red").save(folder / "1.png")  # another picture of the same name
+    results = third.output / RESULTS_FILE
+    records = [json.loads(line) for line in results.read_text().splitlines() if line.endswith("}")]
+    for record in records:
+        if record["id"] == "c":
+            record["models"]["unet"] = "of another bundle"
+    results.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    fourth, _ = carry_out(file, tiny_bundle)
+    assert (fourth.summary.done, fourth.summary.skipped) == (2, 2)
+
 
 def test_bad_lines_do_not_stop_the_rest(folder: Path, tiny_bundle: Path) -> None:
     bad = (
@@ -121,10 +133,109 @@ def test_bad_lines_do_not_stop_the_rest(folder: Path, tiny_bundle: Path) -> None
         assert part in said[number]
 
 
+def test_pictures_of_one_name_are_refused(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        *({"id": name, "prompt": "a", "num_images": n} for name, n in (("a", 2), ("A-1", 1), ("b", 1), ("B", 1))),
+    )
+    lines = read_lines(file, {})
+    assert [bool(line.problem) for line in lines] == [False, True, False, True]
+    assert "the picture A-1.png would be that of line 1, too" in lines[1].problem
+
+
+def test_what_one_line_meets_does_not_stop_the_rest(
+    folder: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that refuses one request, a folder where a picture should go."""
+    run_batch = Pipeline.run_batch
+
+    def refusing(self: Pipeline, requests: list[Request], *others: Any) -> Any:
+        if any(request.seed == 7 for request in requests):
+            raise EngineError("unet: the output overflowed")
+        return run_batch(self, requests, *others)
+
+    monkeypatch.setattr(Pipeline, "run_batch", refusing)
+    (folder / "out" / "c.png").mkdir(parents=True)
+    run, problems = carry_out(write(folder, {**THREE[0], "seed": 7}, THREE[2], {**THREE[2], "id": "d"}), tiny_bundle)
+    assert (run.summary.done, run.summary.failed) == (1, 2)
+    assert [number for number, _ in problems] == [1, 2]
+    assert "overflowed" in problems[0][1] and "is a folder" in problems[1][1]
+
+
+def test_what_every_line_would_meet_stops_at_once(
+    folder: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(folder, *THREE)
+    with pytest.raises(RequestError, match=r"x\.png: is a picture, and --requests makes many"):
+        RequestRun(read_lines(file, FIELDS), folder / "x.png", tiny_bundle)
+    assert not (folder / "x.png").exists()
+
+    def no_engine(*_: Any) -> Any:
+        raise EngineError("no engine")
+
+    with monkeypatch.context() as patch, pytest.raises(EngineError, match="no engine"):
+        patch.setattr(bundle, "open_engine", no_engine)
+        carry_out(file, tiny_bundle)
+
+    with monkeypatch.context() as patch, pytest.raises(RequestError, match=r"results\.jsonl: cannot be written"):
+        patch.setattr(os, "pread", full)
+        (folder / "out" / RESULTS_FILE).write_text("{}")
+        carry_out(file, tiny_bundle)
+
+
+def full(*_: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
 def test_one_spoilt_request_of_a_batch_fails_alone(folder: Path, tiny_bundle: Path) -> None:
     file = write(folder, *({**THREE[0], "id": name, "image": f"{name}.png"} for name in ("1", "gone", "2")))
     run, problems = carry_out(file, tiny_bundle, batch=3)
     assert (run.summary.done, [number for number, _ in problems]) == (2, [2])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guidance_scale": 10**400},  # a whole number that no float holds
+        {"guidance_scale": 1e40},
+        {"image": "1.png", "ip_adapter_scale": -(10**400)},
+        {"image": "1.png", "ip_adapter_scale": 1e40},
+        {"controls": [{"image": "1.png", "scale": 10**400}]},
+        {"controls": [{"image": "1.png", "scale": 1e40}]},
+    ],
+)
+def test_absurd_numbers_are_refused_line_by_line(folder: Path, fields: dict[str, Any]) -> None:
+    first, second = read_lines(write(folder, {"prompt": "a cat", **fields}, THREE[2]), {})
+    assert "expected a finite number of at most 1000" in first.problem
+    assert second.problem == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ({"image": "1.png"}, {"image": "1.png", "adapter": "a", "ip_adapter_scale": 0.5}),
+        ({"image": "1.png", "ip_adapter_scale": 0.2}, {"image": "1.png", "adapter": "a", "ip_adapter_scale": 0.2}),
+        ({}, {}),  # an adapter and its scale say nothing without an image
+        ({"image_prompts": [{"images": ["1.png"]}]}, {"image": "1.png"}),
+        ({"image_prompts": [{"embeds": "e", "end": 0.5}]}, {"image_prompts": (ImagePrompt(embeds="e", end=0.5),)}),
+    ],
+)
+def test_options_of_the_command_are_defaults_of_a_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, line: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """Here `--adapter a=0.5`; a line's own `image_prompts` say everything themselves."""
+    monkeypatch.chdir(write(folder, {"prompt": "a cat", **line}).parent)
+    (found,) = read_lines(Path("requests.jsonl"), {}, [{"adapter": "a", "scale": 0.5}])
+    assert (found.problem, found.request) == ("", Request(prompt="a cat", **expected))
+
+
+def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
+    """U+2028 and U+0085 may stand in a JSON string, and a byte order mark before the first line."""
+    prompts = ["one\u2028two", "one\u0085two"]
+    text = "\r\n".join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts)
+    (tmp_path / "requests.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    lines = read_lines(tmp_path / "requests.jsonl", {})
+    assert [(line.request and line.request.prompt, line.problem) for line in lines] == [(one, "") for one in prompts]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])

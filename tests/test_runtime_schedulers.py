@@ -23,7 +23,6 @@ from scheduler_oracle import (
     from_config,
     model,
     pair,
-    widened,
 )
 
 from ipa.runtime.noise import TorchGenerator
@@ -92,15 +91,6 @@ def test_full_variance_from_pure_noise_is_finite() -> None:
     alpha_prev = AlphasCumprod(DDIMConfig.from_dict(SD15 | ZERO_SNR), rescale_betas_zero_snr=True)[999 - 125]
     expected = -np.sqrt(alpha_prev) + np.sqrt(1 - alpha_prev)  # v of 1 means clean latents of -1
     np.testing.assert_allclose(latents, expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize("prediction_type", DDIMConfig.PREDICTION_TYPES)
-def test_ddim_use_clipped_model_output(prediction_type: str) -> None:
-    config = {"prediction_type": prediction_type}
-    scheduler = create_scheduler("ddim", config)
-    schedule = scheduler.schedule(6, use_clipped_model_output=True)  # type: ignore[call-arg]
-    theirs = widened(from_config("ddim", config, 6), schedule)
-    assert_same_run(schedule, theirs, ORACLE_TOLERANCE, use_clipped_model_output=True)
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from ipa.engines.errors import BundleError, RequestError
-from ipa.runtime.schedulers.ddim import DDIMConfig, DDIMScheduler
-from ipa.runtime.schedulers.ddpm import DDPMConfig, DDPMScheduler
-from ipa.runtime.schedulers.dpmsolver import DPMSolverConfig, DPMSolverScheduler
-from ipa.runtime.schedulers.euler import EulerConfig, EulerScheduler
-from ipa.runtime.schedulers.euler_ancestral import EulerAncestralConfig, EulerAncestralScheduler
-from ipa.runtime.schedulers.lcm import LCMConfig, LCMScheduler
-from ipa.runtime.schedulers.pndm import PNDMConfig, PNDMScheduler
+from ipa.runtime.schedulers.names import CLASSES, SCHEDULER_NAMES, SCHEDULERS
 from ipa.runtime.schedulers.schedule import Schedule, Scheduler, State
-from ipa.runtime.schedulers.unipc import UniPCConfig, UniPCScheduler
 
 __all__ = ["SCHEDULER_NAMES", "Schedule", "Scheduler", "State", "create_scheduler"]
 
@@ -26,34 +20,10 @@ _KARRAS = {
 }
 
 
-def _karras(config: Mapping[str, Any]) -> Scheduler:
-    """DPM-Solver++ with karras sigmas, whatever the configuration says of them."""
+def _karras(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration with karras sigmas, whatever it says of them."""
     defaulted = [key for key in config.get("_use_default_values", ()) if key not in _KARRAS]
-    return DPMSolverScheduler(DPMSolverConfig.from_dict({**config, **_KARRAS, "_use_default_values": defaulted}))
-
-
-_SCHEDULERS: dict[str, Callable[[Mapping[str, Any]], Scheduler]] = {
-    "ddim": lambda config: DDIMScheduler(DDIMConfig.from_dict(config)),
-    "pndm": lambda config: PNDMScheduler(PNDMConfig.from_dict(config)),
-    "euler": lambda config: EulerScheduler(EulerConfig.from_dict(config)),
-    "euler-ancestral": lambda config: EulerAncestralScheduler(EulerAncestralConfig.from_dict(config)),
-    "dpm++-2m": lambda config: DPMSolverScheduler(DPMSolverConfig.from_dict(config)),
-    "dpm++-2m-karras": _karras,
-    "unipc": lambda config: UniPCScheduler(UniPCConfig.from_dict(config)),
-    "lcm": lambda config: LCMScheduler(LCMConfig.from_dict(config)),
-    "ddpm": lambda config: DDPMScheduler(DDPMConfig.from_dict(config)),
-}
-SCHEDULER_NAMES = tuple(_SCHEDULERS)
-_NAMES_BY_CLASS = {
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "pndm",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler-ancestral",
-    "DPMSolverMultistepScheduler": "dpm++-2m",
-    "UniPCMultistepScheduler": "unipc",
-    "LCMScheduler": "lcm",
-    "DDPMScheduler": "ddpm",
-}
+    return {**config, **_KARRAS, "_use_default_values": defaulted}
 
 
 def create_scheduler(name: str | None, config: Mapping[str, Any]) -> Scheduler:
@@ -68,12 +38,17 @@ def create_scheduler(name: str | None, config: Mapping[str, Any]) -> Scheduler:
     """
     if name is None:
         class_name = config.get("_class_name")
-        if not isinstance(class_name, str) or class_name not in _NAMES_BY_CLASS:
+        if not isinstance(class_name, str) or class_name not in CLASSES:
             raise BundleError(
                 f"scheduler_config.json: _class_name is {class_name!r}, expected one of "
-                f"{', '.join(_NAMES_BY_CLASS)}; choose one with --scheduler {' or '.join(SCHEDULER_NAMES)}"
+                f"{', '.join(CLASSES)}; choose one with --scheduler {' or '.join(SCHEDULER_NAMES)}"
             )
-        name = _NAMES_BY_CLASS[class_name]
-    if name not in _SCHEDULERS:
+        name = CLASSES[class_name]
+    if name not in SCHEDULERS:
         raise RequestError(f"unknown scheduler '{name}', expected one of {', '.join(SCHEDULER_NAMES)}")
-    return _SCHEDULERS[name](config)
+    module, scheduler, configuration = SCHEDULERS[name]
+    home = import_module(f"ipa.runtime.schedulers.{module}")
+    if name == "dpm++-2m-karras":
+        config = _karras(config)
+    made: Scheduler = getattr(home, scheduler)(getattr(home, configuration).from_dict(config))
+    return made

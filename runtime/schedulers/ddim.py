@@ -45,16 +45,13 @@ class DDIMScheduler:
             rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         )
 
-    def schedule(
-        self, num_inference_steps: int, eta: float = 0.0, start: int = 0, use_clipped_model_output: bool = False
-    ) -> DDIMSchedule:
+    def schedule(self, num_inference_steps: int, eta: float = 0.0, start: int = 0) -> DDIMSchedule:
         """The run with that many steps.
 
         Args:
             num_inference_steps: 1 up to the number of training timesteps.
             eta: weight of the variance noise, 0 to 1. Source: formula (16).
             start: step to begin at.
-            use_clipped_model_output: derive the noise again from the clipped clean latents, as GLIDE does.
         Raises:
             RequestError: a number is out of range.
             BundleError: the model predicts noise, and at the first timestep there is nothing else.
@@ -71,7 +68,6 @@ class DDIMScheduler:
             config=self.config,
             stride=stride,
             eta=eta,
-            use_clipped_model_output=use_clipped_model_output,
         )
 
 
@@ -86,7 +82,6 @@ class DDIMSchedule(DiscreteSchedule):
     config: DDIMConfig
     stride: int
     eta: float
-    use_clipped_model_output: bool
 
     def needs_noise(self, index: int) -> bool:
         return self.eta > 0
@@ -101,8 +96,6 @@ class DDIMSchedule(DiscreteSchedule):
 
         prediction = (self.config.prediction_type, noise_pred, latents, math.sqrt(alpha), math.sqrt(1 - alpha))
         clean, epsilon = clipped(self.config, predicted_clean(*prediction)), predicted_noise(*prediction)
-        if self.use_clipped_model_output:
-            epsilon = (latents - math.sqrt(alpha) * clean) / math.sqrt(1 - alpha)
 
         # Formula (16), then (12). Rounding may take the rest of the variance below 0 where eta leaves none.
         variance = self.eta**2 * (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
