@@ -160,7 +160,9 @@ def stepping(theirs: Any, noise: np.ndarray | None, dtype: Any) -> Iterator[mock
         yield drawn
 
 
-def assert_same_run(schedule: Schedule, theirs: Any, tolerance: float, dtype: Any = np.float64, start: int = 0) -> None:
+def assert_same_run(
+    schedule: Schedule, theirs: Any, tolerance: float, dtype: Any = np.float64, start: int = 0, **step_options: Any
+) -> None:
     """Both from the same latents to the end, each on its own, compared after every step.
 
     Relative to the largest latent of the step, or to 1 where the run ends in nothing.
@@ -183,7 +185,7 @@ def assert_same_run(schedule: Schedule, theirs: Any, tolerance: float, dtype: An
             theirs_pred = torch.from_numpy(model(theirs_sample.numpy(), float(timestep), index))
             # LCM computes in float32 with timesteps that are tensors.
             at = timestep.item() if timesteps.dtype == torch.int64 else timestep
-            expected = theirs.step(theirs_pred, at, expected).prev_sample
+            expected = theirs.step(theirs_pred, at, expected, **step_options).prev_sample
         assert drawn.call_count == (noise is not None), f"step {index} draws noise {drawn.call_count} times"
         assert latents.dtype == dtype
         difference = np.abs(latents - expected.numpy()).max() / np.abs(expected.numpy()).max()
