@@ -79,16 +79,16 @@ def _finite(context: click.Context, option: click.Parameter, value: float | None
     metavar="[NAME=]DIR_OR_ID",
     help="ControlNet in diffusers format for this base model; may be repeated.",
 )
-@click.option("--merged", type=_FILE, metavar="FILE", help="Also write one ONNX step graph with the adapter inside.")
 @click.option(
-    "--merged-scale", type=float, default=1.0, show_default=True, callback=_finite, help="IP-Adapter scale fixed in it."
+    "--merged", type=_FILE, metavar="FILE", help="Also write one ONNX step graph with the default adapter inside."
 )
+@click.option("--merged-scale", type=float, callback=_finite, help="IP-Adapter scale fixed in it (default: 1).")
 @click.option("--default-steps", type=click.IntRange(1, 1000), help="Steps of a request that names none.")
 @click.option(
     "--default-guidance-scale", type=float, callback=_finite, help="Guidance scale of a request that names none."
 )
 @click.option("--default-scale", type=float, callback=_finite, help="IP-Adapter scale of a request that names none.")
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle, and the files of --merged.")
 def onnx(
     base: str,
     adapters: tuple[str, ...],
@@ -100,7 +100,7 @@ def onnx(
     has_masks: bool,
     controlnets: tuple[str, ...],
     merged: Path | None,
-    merged_scale: float,
+    merged_scale: float | None,
     default_steps: int | None,
     default_guidance_scale: float | None,
     default_scale: float | None,
@@ -108,6 +108,8 @@ def onnx(
     **changes: Any,
 ) -> None:
     """Write a bundle: a folder of ONNX graphs that ipa-run needs, and nothing else."""
+    if merged_scale is not None and merged is None:
+        raise IpaError("--merged-scale goes with --merged FILE; requests to a bundle name a scale of their own")
     from ipa.export.publish import check_target
 
     check_target(output, force)
@@ -135,7 +137,7 @@ def onnx(
         force=force,
         slots=ImageSlots(image_slots, has_masks),
         controlnets=tuple(map(ControlNetSource.parse, controlnets)),
-        merged=MergedOptions(merged, merged_scale) if merged else None,
+        merged=MergedOptions(merged, 1.0 if merged_scale is None else merged_scale) if merged else None,
         defaults={name: value for name, value in defaults.items() if value is not None},
         changes=parse_changes(**changes),
     )
@@ -144,6 +146,8 @@ def onnx(
     size = sum(file.size for file in manifest.files()) / 2**20
     controls = f", ControlNets: {', '.join(manifest.controlnets)}" if manifest.controlnets else ""
     click.echo(f"{output}: {size:.1f} MiB, adapters: {', '.join(manifest.adapters) or 'none'}{controls}")
+    if request.merged:
+        click.echo(f"{merged}: one step, with adapter {manifest.defaults.adapter} at scale {request.merged.scale:g}")
 
 
 @main.command()
@@ -158,7 +162,7 @@ def adapter(bundle: Path, adapter: str, opset: int, is_default: bool, force: boo
 
     quiet_libraries()
     from ipa.export.adapters import AdapterFile
-    from ipa.export.build import add_adapter
+    from ipa.export.bundle_adapters import add_adapter
     from ipa.export.progress import progress
 
     file = AdapterFile.parse(adapter)

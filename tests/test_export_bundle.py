@@ -23,6 +23,7 @@ from ipa.export.adapters import adapter_graph, read_adapter
 from ipa.export.attention import DOMAIN
 from ipa.export.cli import main
 from ipa.export.dimensions import manifest_dimensions
+from ipa.export.merged import MergedOptions, staged_merged
 from ipa.export.onnx_export import export_graph
 
 ONNX_DTYPES = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.INT64: "int64"}
@@ -183,6 +184,7 @@ def test_refuses_a_base_model(case: str, tiny_base: Path, tmp_path: Path) -> Non
         (["--adapter", "no.bin"], "no such adapter file"),
         (["--merged", "step.onnx"], "--adapter"),
         (["--merged-scale", "nan"], "finite"),
+        (["--merged-scale", "0.3"], "goes with --merged"),
     ],
 )
 def test_refuses_options(arguments: list[str], message: str, tiny_base: Path, tmp_path: Path) -> None:
@@ -199,6 +201,38 @@ def test_never_writes_over_what_it_reads(tiny_bundle: Path, tmp_path: Path) -> N
     assert result.exit_code == 2
     assert "would replace" in result.stderr
     assert (base / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("merged", "force", "message"),
+    [
+        ("adapter.safetensors", True, "which is read"),
+        ("keep.onnx", False, "allow it with --force"),
+        ("step.onnx", False, "step.onnx.meta.json; allow it with --force"),
+        ("out/step.onnx", True, "lie in each other"),
+    ],
+)
+def test_never_merges_over_other_files(
+    merged: str, force: bool, message: str, tiny_base: Path, tiny_adapter_file: Path, tmp_path: Path
+) -> None:
+    shutil.copy(tiny_adapter_file, tmp_path / "adapter.safetensors")
+    for name in ("keep.onnx", "step.onnx.meta.json"):
+        (tmp_path / name).write_text(name)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    arguments = ["--base", tiny_base, "--adapter", tmp_path / "adapter.safetensors", "--output", tmp_path / "out"]
+    arguments += ["--merged", tmp_path / merged, *(["--force"] if force else [])]
+    result = CliRunner().invoke(main, ["onnx", *map(str, arguments)])
+    assert (result.exit_code, message in result.stderr) == (2, True), result.output
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_failed_export_keeps_the_old_merged_files(tmp_path: Path) -> None:
+    (tmp_path / "step.onnx").write_text("old")
+    with pytest.raises(KeyboardInterrupt), staged_merged(MergedOptions(tmp_path / "step.onnx")) as folder:
+        (folder / "step.onnx").write_text("new")
+        raise KeyboardInterrupt
+    assert (tmp_path / "step.onnx").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["step.onnx"]
 
 
 def test_vae_halves_equal_diffusers(tiny_bundle: Path, tiny_base: Path) -> None:

@@ -29,7 +29,8 @@ from ipa.engines.plan_cache import PlanCache
 from ipa.engines.shape_profile import ShapeProfile
 from ipa.engines.spec import family_specs
 from ipa.export.adapters import AdapterFile
-from ipa.export.build import ExportRequest, add_adapter, export_bundle
+from ipa.export.build import ExportRequest, export_bundle
+from ipa.export.bundle_adapters import add_adapter
 from ipa.export.cli import main
 from ipa.export.dimensions import manifest_dimensions
 from ipa.export.engine_builds import EngineBuilds
