@@ -117,7 +117,7 @@ def read_lora(file: LoraFile) -> Lora:
     for key, tensor in tensors.items():
         if kind := next((kind for kind in _OTHER_KINDS if kind in key), None):
             raise IpaError(f"lora {file.path} has {key}: {kind.strip('_')} is not supported, expected a plain LoRA")
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():
             raise IpaError(f"lora {file.path}: {key} holds values that are not finite")
         part, layer, side = _parsed(key, file.path)
         change = changes[part].setdefault(_plain(layer), _Change())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ipa.export.clip_tokenizer import clip_tokenizer
 from ipa.export.family import check_changes, check_unet, family_of
 from ipa.export.lora import read_lora
 from ipa.export.single_file import SD15_CONFIG, Checkpoint, is_checkpoint
-from ipa.export.source import Part, Source
+from ipa.export.source import Source
 from ipa.export.textual_inversion import add_embeddings, add_tokens, read_textual_inversion
 from ipa.export.vae_source import VaeSource, check_vae
 
@@ -82,6 +81,9 @@ class BasePipeline:
         config = self.image_source.json(f"{prefix}config.json")
         if config is None:
             raise IpaError(f"image encoder {self.image_source} has no config.json")
+        # A whole CLIP model, as most are published, has its vision model's sizes one level down, but for one.
+        whole, config = config, config.get("vision_config") or config
+        config = {**config, **{key: whole[key] for key in ("projection_dim",) if key in whole}}
         self.image_config = CLIPVisionConfig.from_dict(config).to_dict()
         self._check_unet()
         self._check_parts()
@@ -196,9 +198,11 @@ class BasePipeline:
 
     def load_image_encoder(self) -> Any:
         """The `CLIPVisionModelWithProjection`."""
-        from transformers import CLIPVisionModelWithProjection
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-        return _frozen(self.image_source.load(CLIPVisionModelWithProjection.from_pretrained, self._image_part))
+        config = CLIPVisionConfig.from_dict(self.image_config)
+        load = CLIPVisionModelWithProjection.from_pretrained
+        return _frozen(self.image_source.load(load, self._image_part, config=config))
 
     def load_tokenizer(self, part: str = "tokenizer") -> Any:
         """The `tokenizers.Tokenizer`, new words added; its padding section holds length and token to pad with.
@@ -218,7 +222,7 @@ class BasePipeline:
 
         # transformers makes an empty tokenizer of a folder that has no vocabulary
         if any(self.source.file(f"{part}/{name}") for name in ("tokenizer.json", "vocab.json")):
-            tokenizer = self.source.load(_without_dtype(CLIPTokenizer.from_pretrained), part)
+            tokenizer = self.source.load_tokenizer(CLIPTokenizer.from_pretrained, part)
         elif merges := self.source.file(f"{part}/merges.txt"):
             tokenizer = clip_tokenizer(merges, self.text_tokens)
         else:
@@ -302,12 +306,3 @@ def _triple(values: Any) -> tuple[float, float, float]:
 
 def _frozen(model: Any) -> Any:
     return model.eval().requires_grad_(False)
-
-
-def _without_dtype(load: Callable[..., Part]) -> Callable[..., Part]:
-    """A tokenizer's `from_pretrained`, which takes no dtype."""
-
-    def load_tokenizer(location: str, subfolder: str, local_files_only: bool, **_: Any) -> Part:
-        return load(location, subfolder=subfolder, local_files_only=local_files_only)
-
-    return load_tokenizer

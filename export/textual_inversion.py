@@ -56,7 +56,7 @@ def read_textual_inversion(file: TextualInversionFile, text_width: int) -> Textu
     if not token.strip() or "\0" in token:
         raise IpaError(f"{what}: {token!r} cannot be a word of a prompt; use --textual-inversion FILE=WORD")
     vectors = vectors[None] if vectors.ndim == 1 else vectors
-    if vectors.ndim != 2 or not vectors.is_floating_point() or not torch.isfinite(vectors).all():
+    if vectors.ndim != 2 or not vectors.is_floating_point() or not torch.isfinite(vectors.float()).all():
         raise IpaError(f"{what} holds no rows of finite numbers, but {vectors.dtype} {tuple(vectors.shape)}")
     if vectors.shape[1] != text_width:
         raise IpaError(
