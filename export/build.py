@@ -12,13 +12,13 @@ from torch import nn
 
 from ipa.engines.errors import BundleError, IpaError
 from ipa.engines.manifest import FILE_NAME, ComponentRecord, ControlNetRecord, FileRecord, Manifest
+from ipa.engines.scheduler_names import SCHEDULER_CLASSES
 from ipa.engines.spec import ONE_SLOT, SDXL, ImageSlots, family_specs
 from ipa.export.adapters import AdapterFile, adapter_graph, read_adapter
 from ipa.export.changes import BaseChanges
 from ipa.export.controlnets import ControlNetSource, read_controlnets
 from ipa.export.dimensions import base_dimensions
 from ipa.export.graphs import component_modules, typed_graph
-from ipa.export.hoist import config_kv_layout
 from ipa.export.merged import MergedOptions, check_merged, export_merged, staged_merged
 from ipa.export.onnx_export import MODEL_FILE, Graph, export_graph
 from ipa.export.pipeline import BasePipeline
@@ -64,8 +64,7 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
     """
     _refuse_overwriting(request)
     base = BasePipeline(request.base, request.image_encoder, request.changes)
-    layout = config_kv_layout(base.unet_config)
-    dimensions = base_dimensions(base, layout)
+    layout, dimensions = base.kv_layout, base_dimensions(base)
     weights = {file.name: read_adapter(file.path, layout, dimensions) for file in request.adapters}
     if len(weights) < len(request.adapters):
         raise IpaError("two adapters have the same name; name them with --adapter NAME=FILE")
@@ -146,6 +145,17 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
         manifest = replace(manifest, controlnets=records)
         write_whole(root / FILE_NAME, manifest.to_json())
     return manifest
+
+
+def scheduler_advice(root: Path, manifest: Manifest) -> str | None:
+    """What to know of a bundle whose scheduler the runtime does not have; `None`: it has it."""
+    name = json.loads((root / manifest.scheduler.path).read_text("utf-8")).get("_class_name")
+    if name in SCHEDULER_CLASSES:
+        return None
+    return (
+        f"the base model's scheduler is {name}, which ipa-run does not have: every request must choose another with "
+        f"--scheduler, one of {', '.join(SCHEDULER_CLASSES.values())}"
+    )
 
 
 def _write_tokenizer(root: Path, base: BasePipeline, part: str) -> FileRecord:

@@ -117,7 +117,7 @@ def onnx(
 
     quiet_libraries()
     from ipa.export.adapters import AdapterFile
-    from ipa.export.build import ExportRequest, export_bundle
+    from ipa.export.build import ExportRequest, export_bundle, scheduler_advice
     from ipa.export.controlnets import ControlNetSource
     from ipa.export.merged import MergedOptions
     from ipa.export.progress import progress
@@ -146,6 +146,8 @@ def onnx(
     size = sum(file.size for file in manifest.files()) / 2**20
     controls = f", ControlNets: {', '.join(manifest.controlnets)}" if manifest.controlnets else ""
     click.echo(f"{output}: {size:.1f} MiB, adapters: {', '.join(manifest.adapters) or 'none'}{controls}")
+    if advice := scheduler_advice(output, manifest):
+        click.echo(f"ipa-export: {advice}", err=True)
     if request.merged:
         click.echo(f"{merged}: one step, with adapter {manifest.defaults.adapter} at scale {request.merged.scale:g}")
 

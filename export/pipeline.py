@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ipa.engines.bundle import hash_file
 from ipa.engines.errors import IpaError
-from ipa.engines.manifest import Defaults, ImageProcessorRecord, SourceRecord, VaeRecord
+from ipa.engines.manifest import Defaults, SourceRecord, VaeRecord
 from ipa.engines.spec import SDXL
 from ipa.export.changes import BaseChanges
 from ipa.export.clip_tokenizer import clip_tokenizer
 from ipa.export.family import check_changes, check_unet, family_of
+from ipa.export.hoist import config_kv_layout
+from ipa.export.image_preprocessing import image_processor
 from ipa.export.lora import read_lora
 from ipa.export.single_file import SD15_CONFIG, Checkpoint, is_checkpoint
-from ipa.export.source import Source
+from ipa.export.source import Source, reading
 from ipa.export.textual_inversion import add_embeddings, add_tokens, read_textual_inversion
 from ipa.export.vae_source import VaeSource, check_vae
 
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _SDXL_GUIDANCE_SCALE = 5.0
-_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
 class BasePipeline:
@@ -73,19 +73,31 @@ class BasePipeline:
         self._vae = VaeSource(changes.vae, self._file("vae")) if changes.vae else None
         self.vae_config = self._config("vae") if self._vae is None else self._vae.config
         check_vae(self.source, self.vae_config)
+        with reading(f"{self.source}/vae/config.json" if self._vae is None else f"{changes.vae}: its config.json"):
+            self.vae_record = _vae_record(self.vae_config)
         parts = ("text_encoder", "text_encoder_2") if self.family == SDXL else ("text_encoder",)
-        self.text_configs = {part: CLIPTextConfig.from_dict(self._config(part)).to_dict() for part in parts}
+        self.text_configs: dict[str, dict[str, Any]] = {}
+        for part in parts:
+            with reading(f"{self.source}/{part}/config.json"):
+                self.text_configs[part] = CLIPTextConfig.from_dict(self._config(part)).to_dict()
         self.text_config = self.text_configs["text_encoder"]
         self.scheduler_config = self._config("scheduler", "scheduler_config.json")
-        prefix = f"{self._image_part}/" if self._image_part else ""
-        config = self.image_source.json(f"{prefix}config.json")
+        file = f"{self._image_part}/config.json".lstrip("/")
+        config = self.image_source.json(file)
         if config is None:
             raise IpaError(f"image encoder {self.image_source} has no config.json")
-        # A whole CLIP model, as most are published, has its vision model's sizes one level down, but for one.
-        whole, config = config, config.get("vision_config") or config
-        config = {**config, **{key: whole[key] for key in ("projection_dim",) if key in whole}}
-        self.image_config = CLIPVisionConfig.from_dict(config).to_dict()
-        self._check_unet()
+        with reading(f"{self.image_source}/{file}"):
+            # A whole CLIP model, as most are published, has its vision model's sizes one level down, but for one.
+            whole, config = config, config.get("vision_config") or config
+            config = {**config, **{key: whole[key] for key in ("projection_dim",) if key in whole}}
+            self.image_config = CLIPVisionConfig.from_dict(config).to_dict()
+            size = int(self.image_config["image_size"])
+            self.image_patches = (size // int(self.image_config["patch_size"])) ** 2 + 1  # the class token is one
+        self.image_processor = image_processor(self.image_source, self._image_part, self.source, size)
+        with reading(f"{self.source}/unet/config.json"):
+            self._check_unet()
+            self.kv_layout = config_kv_layout(self.unet_config)
+            self.defaults = self._defaults()
         self._check_parts()
         self._read_changes(changes)
 
@@ -263,27 +275,7 @@ class BasePipeline:
         """Tokens of a prompt: 77."""
         return int(self.text_config["max_position_embeddings"])
 
-    @property
-    def vae_record(self) -> VaeRecord:
-        """Scaling factor, and pixels per latent."""
-        blocks = self.vae_config.get("block_out_channels", (0,))
-        return VaeRecord(float(self.vae_config.get("scaling_factor", 0.18215)), 2 ** (len(blocks) - 1))
-
-    @property
-    def image_processor(self) -> ImageProcessorRecord:
-        """CLIP preprocessing: the image encoder's own file, else the pipeline's, else CLIP's values."""
-        size = int(self.image_config["image_size"])
-        own = self.image_source.json(f"{self._image_part}/preprocessor_config.json".lstrip("/"))
-        for config in (own, self.source.json("feature_extractor/preprocessor_config.json")):
-            if config is not None and _edge(config.get("crop_size")) == _edge(config.get("size")) == size:
-                if config.get("resample", _BICUBIC) != _BICUBIC:
-                    raise IpaError(f"{self.source}: images are not resized bicubically, which is not supported yet")
-                mean, std = config.get("image_mean", _CLIP_MEAN), config.get("image_std", _CLIP_STD)
-                return ImageProcessorRecord(size, _triple(mean), _triple(std))
-        return ImageProcessorRecord(size, _CLIP_MEAN, _CLIP_STD)
-
-    @property
-    def defaults(self) -> Defaults:
+    def _defaults(self) -> Defaults:
         """The size the UNet was trained at; the guidance scale is that of diffusers' pipeline for the family."""
         sample_size, downscale = self.unet_config.get("sample_size") or 64, self.vae_record.downscale
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
@@ -291,17 +283,10 @@ class BasePipeline:
         return replace(defaults, guidance_scale=_SDXL_GUIDANCE_SCALE) if self.family == SDXL else defaults
 
 
-def _edge(size: Any) -> int | None:
-    """The edge of a processor's `size` or `crop_size`, which come as a number or as a mapping."""
-    if isinstance(size, dict):
-        edges = {size[key] for key in ("shortest_edge", "height", "width") if key in size}
-        return edges.pop() if len(edges) == 1 else None
-    return size if isinstance(size, int) else None
-
-
-def _triple(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
+def _vae_record(config: Mapping[str, Any]) -> VaeRecord:
+    """Scaling factor, and pixels per latent."""
+    blocks = config.get("block_out_channels", (0,))
+    return VaeRecord(float(config.get("scaling_factor", 0.18215)), 2 ** (len(blocks) - 1))
 
 
 def _frozen(model: Any) -> Any:

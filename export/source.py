@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,22 @@ class Source:
 
     def __str__(self) -> str:
         return "/".join(filter(None, (self.location, self.subfolder)))
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turn whatever a malformed configuration makes fail into one message that names the file.
+
+    Raises:
+        IpaError: in place of any other exception.
+    """
+    try:
+        yield
+    except IpaError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise IpaError(f"{where} is no configuration that can be used ({reason}); fetch the model again") from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

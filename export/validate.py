@@ -31,7 +31,7 @@ from ipa.export.progress import Progress, silent
 from ipa.export.publish import locked_bundle, update_manifest
 from ipa.export.single_file import is_checkpoint
 from ipa.export.versions import created_by
-from ipa.export.whole_run import LARGEST, WholeRuns
+from ipa.export.whole_run import LARGEST, WholeRuns, reference_scheduler
 
 REFERENCE_ENGINE = "onnxruntime"  # whose figures are kept in the bundle
 _SCALES = (1.0, 0.6, 1.3)
@@ -65,6 +65,7 @@ class Validator:
         check_source(manifest, "checkpoint", "--base", base if is_checkpoint(base) else None)
         check_source(manifest, "vae", "--vae", given.vae)
         self.base = BasePipeline(base, image_encoder, repeated(manifest, given))
+        reference_scheduler(self.base)  # refused before the minutes of work, if at all
         dimensions = manifest_dimensions(manifest)
         self._adapters = {
             _bundle_name(self.bundle, file): read_adapter(file.path, manifest.kv_layout, dimensions)

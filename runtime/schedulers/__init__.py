@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ipa.engines.errors import BundleError, RequestError
+from ipa.engines.scheduler_names import SCHEDULER_CLASSES
 from ipa.runtime.schedulers.ddim import DDIMConfig, DDIMScheduler
 from ipa.runtime.schedulers.ddpm import DDPMConfig, DDPMScheduler
 from ipa.runtime.schedulers.dpmsolver import DPMSolverConfig, DPMSolverScheduler
@@ -44,16 +45,6 @@ _SCHEDULERS: dict[str, Callable[[Mapping[str, Any]], Scheduler]] = {
     "ddpm": lambda config: DDPMScheduler(DDPMConfig.from_dict(config)),
 }
 SCHEDULER_NAMES = tuple(_SCHEDULERS)
-_NAMES_BY_CLASS = {
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "pndm",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler-ancestral",
-    "DPMSolverMultistepScheduler": "dpm++-2m",
-    "UniPCMultistepScheduler": "unipc",
-    "LCMScheduler": "lcm",
-    "DDPMScheduler": "ddpm",
-}
 
 
 def create_scheduler(name: str | None, config: Mapping[str, Any]) -> Scheduler:
@@ -68,12 +59,12 @@ def create_scheduler(name: str | None, config: Mapping[str, Any]) -> Scheduler:
     """
     if name is None:
         class_name = config.get("_class_name")
-        if not isinstance(class_name, str) or class_name not in _NAMES_BY_CLASS:
+        if not isinstance(class_name, str) or class_name not in SCHEDULER_CLASSES:
             raise BundleError(
                 f"scheduler_config.json: _class_name is {class_name!r}, expected one of "
-                f"{', '.join(_NAMES_BY_CLASS)}; choose one with --scheduler {' or '.join(SCHEDULER_NAMES)}"
+                f"{', '.join(SCHEDULER_CLASSES)}; choose one with --scheduler {' or '.join(SCHEDULER_NAMES)}"
             )
-        name = _NAMES_BY_CLASS[class_name]
+        name = SCHEDULER_CLASSES[class_name]
     if name not in _SCHEDULERS:
         raise RequestError(f"unknown scheduler '{name}', expected one of {', '.join(SCHEDULER_NAMES)}")
     return _SCHEDULERS[name](config)
