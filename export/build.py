@@ -80,12 +80,13 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
 
     defaults = replace(base.defaults, **request.defaults)
     usual_sizes = guidance_pair_sizes(defaults.height, defaults.width, base.vae_record.downscale)
+    total = len(family_specs(base.family)) + len(weights) + len(controlnets) + (request.merged is not None)
     with staged_merged(request.merged) as beside, staged_bundle(request.output, request.force) as root:
         tokenizer, scheduler = _write_tokenizer(root, base, "tokenizer"), _write_scheduler(root, base)
         tokenizer_2 = _write_tokenizer(root, base, "tokenizer_2") if base.family == SDXL else None
 
         def add(graph: Graph, folder: str) -> ComponentRecord:
-            progress(graph.name)
+            progress(graph.name, total)
             component = component_record(root, graph, export_graph(graph, root / folder / MODEL_FILE, request.opset))
             variant = write_winograd_graph(root / folder / MODEL_FILE, usual_sizes)
             return replace(component, variants={WINOGRAD_ENGINE: file_record(root, variant)}) if variant else component
@@ -99,7 +100,7 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
             if name == "text_kv":
                 text_kv = module if request.merged else None
             if name == "unet" and request.merged and text_kv is not None:
-                progress(request.merged.file.name)
+                progress(request.merged.file.name, total)
                 export_merged(
                     request.merged,
                     beside,

@@ -51,7 +51,7 @@ def add_adapter(
         adapters = _folder(root)
         _remove_leftovers(root, adapters, manifest)
         graph = adapter_graph(file.name, weights, dimensions, dtype)
-        progress(graph.name)
+        progress(graph.name, 1)
         with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=adapters) as partial:
             staging = Path(partial) / file.name
             export_graph(graph, staging / MODEL_FILE, opset)

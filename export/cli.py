@@ -17,6 +17,7 @@ from ipa.export.engine_cli import build_engines
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_OPSET = click.option("--opset", type=click.IntRange(18, 20), default=18, show_default=True)
 
 
 class _Group(click.Group):
@@ -63,7 +64,7 @@ def _finite(context: click.Context, option: click.Parameter, value: float | None
     show_default=True,
     help="Type of weights and activations.",
 )
-@click.option("--opset", type=click.IntRange(18, 20), default=18, show_default=True)
+@_OPSET
 @click.option(
     "--image-slots",
     type=click.IntRange(1, MAX_SLOTS),
@@ -141,7 +142,7 @@ def onnx(
         defaults={name: value for name, value in defaults.items() if value is not None},
         changes=parse_changes(**changes),
     )
-    with progress("export", total=6 + len(adapters) + len(controlnets) + (merged is not None)) as show:
+    with progress("export") as show:
         manifest = export_bundle(request, show)
     size = sum(file.size for file in manifest.files()) / 2**20
     controls = f", ControlNets: {', '.join(manifest.controlnets)}" if manifest.controlnets else ""
@@ -155,7 +156,7 @@ def onnx(
 @main.command()
 @click.option("--bundle", required=True, type=_FOLDER, metavar="BUNDLE", help="Bundle to add to.")
 @click.option("--adapter", required=True, metavar="[NAME=]FILE", help="IP-Adapter file.")
-@click.option("--opset", type=click.IntRange(18, 20), default=18, show_default=True)
+@_OPSET
 @click.option("--default", "is_default", is_flag=True, help="Make it the bundle's default adapter.")
 @click.option("--force", is_flag=True, help="Replace an adapter of the same name.")
 def adapter(bundle: Path, adapter: str, opset: int, is_default: bool, force: bool) -> None:
@@ -168,7 +169,7 @@ def adapter(bundle: Path, adapter: str, opset: int, is_default: bool, force: boo
     from ipa.export.progress import progress
 
     file = AdapterFile.parse(adapter)
-    with progress("export", total=1) as show:
+    with progress("export") as show:
         manifest = add_adapter(bundle, file, force, is_default, opset, show)
     click.echo(f"{bundle}: adapters: {', '.join(manifest.adapters)} (default: {manifest.defaults.adapter})")
 
@@ -194,8 +195,9 @@ def validate(
 ) -> None:
     """Compare every component, the whole step and a whole run with PyTorch.
 
-    Name the VAE, LoRAs and embeddings again that the bundle was made with; their weights and words, and the layers
-    that were skipped, are in it.
+    Name again what the bundle was made with: --image-encoder, --config, --vae, LoRAs and embeddings (their weights
+    and words, and the layers that were skipped, are in it), and every adapter and ControlNet that is to be compared;
+    the others are recorded as not compared.
 
     The figures of onnxruntime are written into the bundle; those of other engines belong to this machine and are
     printed alone.
@@ -206,12 +208,13 @@ def validate(
     from ipa.export.adapters import AdapterFile
     from ipa.export.controlnets import ControlNetSource
     from ipa.export.progress import progress
-    from ipa.export.validate import REFERENCE_ENGINE, Validator, record
+    from ipa.export.validate import Validator
+    from ipa.export.validation_record import REFERENCE_ENGINE, record
 
     files = tuple(map(AdapterFile.parse, adapters))
     controls = tuple(map(ControlNetSource.parse, controlnets))
     validator = Validator(bundle, base, image_encoder, files, engine, parse_changes(**changes), controls)
-    with progress("validate", total=8 + len(adapters) + len(controls)) as show:
+    with progress("validate") as show:
         checks = list(validator.run(show))
     for check in checks:
         click.echo(check)

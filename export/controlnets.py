@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from ipa.engines.errors import IpaError
 from ipa.engines.spec import Dimensions, TensorSpec, control_residuals, controlnet_spec
 from ipa.export.attention import attend
+from ipa.export.named_files import named
 from ipa.export.onnx_export import EXAMPLE_SIZES, Graph
 from ipa.export.precision import to_half
 from ipa.export.source import Source
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 # Options that add inputs which the graph does not have.
 _UNSUPPORTED = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
 _EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of the control image, where the configuration names none
@@ -40,12 +39,7 @@ class ControlNetSource:
         Raises:
             IpaError: the name has other characters than letters, digits, `_` and `-`.
         """
-        name, separator, location = text.partition("=")
-        if not separator or "/" in name:
-            location, name = text, re.sub(r"[^A-Za-z0-9_-]+", "-", text.rstrip("/").rpartition("/")[2]).strip("-")
-        if not _NAME.fullmatch(name):
-            raise IpaError(f"ControlNet name {name!r} may hold only letters, digits, '_' and '-'; use NAME=DIR_OR_ID")
-        return cls(name, location)
+        return cls(*named(text, text.rstrip("/").rpartition("/")[2], "ControlNet"))
 
 
 @dataclass(frozen=True)

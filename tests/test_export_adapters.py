@@ -22,6 +22,7 @@ from ipa.engines.errors import IpaError
 from ipa.engines.manifest import FILE_NAME, Manifest
 from ipa.export.adapters import AdapterFile
 from ipa.export.cli import main
+from ipa.export.controlnets import ControlNetSource
 
 
 @pytest.fixture
@@ -227,11 +228,16 @@ def test_accepts_mixed_dtypes(bundle: Path, tiny_adapter_file: Path, tmp_path: P
     assert model.opset_import[0].version == 20
 
 
-def test_names() -> None:
+def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert AdapterFile.parse("cat=a/b=c.bin") == AdapterFile("cat", Path("a/b=c.bin"))
     assert AdapterFile.parse("a/ip-adapter_sd15.v2.bin") == AdapterFile(
         "ip-adapter_sd15-v2", Path("a/ip-adapter_sd15.v2.bin")
     )
+    monkeypatch.chdir(tmp_path)
+    Path("w=1.safetensors").touch()
+    assert AdapterFile.parse("w=1.safetensors") == AdapterFile("w-1", Path("w=1.safetensors"))
+    assert ControlNetSource.parse("x=w=1.safetensors") == ControlNetSource("x", "w=1.safetensors")
+    assert ControlNetSource.parse("w=1.safetensors") == ControlNetSource("w-1-safetensors", "w=1.safetensors")
     for bad in ("=x.bin", "a b=x.bin", "..=x.bin"):
         with pytest.raises(IpaError, match="adapter name"):
             AdapterFile.parse(bad)

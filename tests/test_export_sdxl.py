@@ -119,7 +119,10 @@ def test_engines_build(tiny_xl_half_bundle: Path, tmp_path: Path) -> None:
 def test_one_merged_graph(tiny_xl_base: Path, tiny_xl_files: dict[str, Path], tmp_path: Path) -> None:
     file, adapter = tmp_path / "merged.onnx", tiny_xl_files["base"]
     adapters = (AdapterFile("base", adapter),)
-    export_bundle(ExportRequest(str(tiny_xl_base), tmp_path / "b", adapters=adapters, merged=MergedOptions(file, 0.7)))
+    request = ExportRequest(str(tiny_xl_base), tmp_path / "b", adapters=adapters, merged=MergedOptions(file, 0.7))
+    shown: list[tuple[str, int]] = []
+    export_bundle(request, lambda part, total: shown.append((part, total)))
+    assert {total for _, total in shown} == {len(shown)}, "all parts were announced"
     draw = np.random.default_rng(0).standard_normal
     inputs = {
         "sample": draw((2, 4, 9, 16), np.float32),
