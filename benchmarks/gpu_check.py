@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
+from ipa.benchmarks.device_loop import device_loop
 from ipa.benchmarks.full_size import FULL, SMALL, Sizes, write_adapter, write_pipeline
 from ipa.benchmarks.step_speed import interleave, random_inputs, ratio
 from ipa.engines.bundle import Bundle
@@ -100,6 +101,21 @@ def check(folder: Path, engine: str) -> dict[str, Any]:
         say(f"    FAILED: {error!r}")
         return {"passed": False, "error": repr(error), "checks": [asdict(line) for line in checks]}
     return {"passed": all(line.passed for line in checks), "checks": [asdict(line) for line in checks]}
+
+
+def own_loop(bundle: Bundle, engine: str, side: int, rounds: int) -> dict[str, Any]:
+    """The loop with latents on the device, of engines that have one, against the loop on the host."""
+    try:
+        found = device_loop(bundle, engine, side, TOKENS, rounds)
+    except Exception as error:  # as above
+        say(f"    device loop FAILED: {error!r}")
+        return {"passed": False, "device_loop": {"error": repr(error)}}
+    if found is None:
+        return {}
+    times = ", ".join(f"{name} {value:.2f} ms" for name, value in found["milliseconds_a_step"].items())
+    verdict = "ok  " if found["passed"] else "FAIL"
+    say(f"    {verdict} device loop: relative error {found['relative_error']:.1e} from the host's; a step: {times}")
+    return {"passed": found["passed"], "device_loop": found}
 
 
 class Eager:
@@ -215,6 +231,8 @@ def main(
         say(f"\n{backend.name}: {state.get('build', '')} {state['obstacle'] or 'runs'}")
         if not state["obstacle"]:
             state |= {"version": backend.version, **check(folder, backend.name)}
+        if state.get("passed"):
+            state |= own_loop(bundle, backend.name, size // 8, rounds)
         write(record, output)
     ready = [name for name, state in states.items() if state.get("passed")]
     for batch in batches:

@@ -108,7 +108,7 @@ class LoraRecord:
 
 @dataclass(frozen=True)
 class TextualInversionRecord:
-    """A word that the text encoder learned: `vectors` tokens `token`, `token_1`, ... made of the file `name`."""
+    """A word that the text encoders learned: `vectors` tokens `token`, `token_1`, ... made of the file `name`."""
 
     token: str
     vectors: int
@@ -156,7 +156,7 @@ class Manifest:
     sources: Mapping[str, SourceRecord] = field(default_factory=dict)  # `checkpoint`, `vae`: where given apart
     loras: tuple[LoraRecord, ...] = ()
     textual_inversions: tuple[TextualInversionRecord, ...] = ()
-    clip_skip: int = 0  # layers of the text encoder that were left out, from the last
+    clip_skip: int = 0  # layers of the text encoders that were left out, from the last
     controlnets: Mapping[str, ControlNetRecord] = field(default_factory=dict)
     tokenizer_2: FileRecord | None = None  # of `text_encoder_2`, where there is one
     force_zeros_for_empty_prompt: bool = False  # what an empty negative prompt is encoded to (Stable Diffusion XL)

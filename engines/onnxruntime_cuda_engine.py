@@ -23,6 +23,7 @@ from ipa.engines.spec import axis_size
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 _SEVERITY_FATAL = 4  # errors come as exceptions
 _FIRST = 0
+_MOST_SHAPES = 4  # sets of buffers kept: a run alternates between two at most, where an image prompt comes or goes
 # An ONNX file: y = Identity(x), float32, one number.
 _PROBE = bytes.fromhex(
     "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a020801620f0a0179120a0a08080112040a0208"
@@ -82,7 +83,7 @@ class OnnxRuntimeCudaEngine(Closing):
     """One graph in a session of onnxruntime's CUDA provider.
 
     Inputs that are marked read-only are copied to the device once. Where the spec tells the shapes of all outputs, the
-    buffers are made once for each set of shapes, and onnxruntime replays a call as a CUDA graph if it can.
+    buffers are made once for each set of shapes in use, and onnxruntime replays a call as a CUDA graph if it can.
     """
 
     def __init__(self, graph: GraphFile, device: str = "cuda") -> None:
@@ -103,6 +104,7 @@ class OnnxRuntimeCudaEngine(Closing):
         self._session: ort.InferenceSession | None = self._open(os.fspath(graph.path))
         check_names(graph, [tensor.name for tensor in self._session.get_inputs()])
         self._buffers: dict[tuple[Shape, ...], _Buffers] = {}
+        self._graphs = 0
         self.load_seconds = time.perf_counter() - start
 
     def _open(self, path: str) -> ort.InferenceSession:
@@ -129,9 +131,10 @@ class OnnxRuntimeCudaEngine(Closing):
 
     def _run(self, session: ort.InferenceSession, inputs: dict[str, Array]) -> dict[str, Array]:
         shapes = tuple(inputs[tensor.name].shape for tensor in self.spec.inputs)
-        if shapes not in self._buffers:
-            self._buffers[shapes] = self._allocate(inputs)
-        buffers = self._buffers[shapes]
+        buffers = self._buffers.pop(shapes, None) or self._allocate(inputs)
+        self._buffers[shapes] = buffers  # the newest last
+        if len(self._buffers) > _MOST_SHAPES:
+            del self._buffers[next(iter(self._buffers))]
         binding = session.io_binding()
         for name, array in inputs.items():
             if buffers.constants.get(name) is not array:
@@ -168,7 +171,8 @@ class OnnxRuntimeCudaEngine(Closing):
                 shape = tuple(axis_size(axis, sizes) for axis in tensor.axes)
                 outputs[tensor.name] = self._tensor(shape, np.dtype(tensor.dtype))
         tensors = {name: self._tensor(array.shape, array.dtype) for name, array in inputs.items()}
-        return _Buffers(len(self._buffers) + 1, tensors, outputs, {})
+        self._graphs += 1  # a number is never used again: onnxruntime keeps its graph, which reads freed memory
+        return _Buffers(self._graphs, tensors, outputs, {})
 
     def _tensor(self, shape: Shape, dtype: np.dtype[Any]) -> ort.OrtValue:
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self._device, _FIRST)

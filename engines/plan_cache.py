@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ipa.engines.errors import EngineError
+from ipa.engines.kernel_cache import KernelFile
 from ipa.engines.locks import locked, remove_unless_locked
 from ipa.engines.plan_file import PlanError, PlanHeader, PlanKey, check_plan, read_header, read_plan, write_plan
 
 _SECRET_FILE, _SECRET_BYTES = "key", 32
-SUFFIX = ".plan"
+SUFFIX, KERNELS_SUFFIX = ".plan", ".kernels"
 _WORKSPACE = ".build-"
 
 
@@ -131,6 +132,10 @@ class PlanCache:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(handle)
+
+    def kernels(self, key: PlanKey) -> KernelFile:
+        """What is compiled when the plan of a key first runs."""
+        return KernelFile(self.path(key).with_suffix(KERNELS_SUFFIX), self._secret, key.digest)
 
     def headers(self) -> Iterator[tuple[Path, PlanHeader]]:
         """Every plan that this cache wrote and nobody changed since."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from ipa.engines.cuda_driver import Gpu
 from ipa.engines.engine import GraphFile
 from ipa.engines.errors import EngineError
+from ipa.engines.kernel_cache import KernelFile
 from ipa.engines.machine import default_cache, platform_name
 from ipa.engines.plan_cache import SUFFIX, PlanCache
 from ipa.engines.plan_file import RECIPE, PlanError, PlanHeader, PlanKey, read_header, read_plan
@@ -20,10 +21,17 @@ _OLDEST_OF_ANY = (8, 0)
 
 @dataclass(frozen=True)
 class StoredPlan:
-    """A plan that may run here. `load` reads it, and proves again that it is the one that was written."""
+    """A plan that may run here.
+
+    Attributes:
+        header: what it is.
+        load: reads it, and proves again that it is the one that was written.
+        kernels: where to keep what is compiled when it first runs; `None` in a folder that is not the user's cache.
+    """
 
     header: PlanHeader
     load: Callable[[], bytes]
+    kernels: KernelFile | None
 
 
 def gpu_target(gpu: Gpu) -> str:
@@ -44,13 +52,14 @@ def usable_plans(graph: GraphFile, engine: str, version: str, gpu: Gpu) -> list[
     """
     found: list[tuple[int, StoredPlan]] = []
     refused: list[list[str]] = []
-    for path, header, load in _plans(graph.plans):
+    for path, plan in _plans(graph.plans):
+        header = plan.header
         if (header.key.component, header.key.engine) == (graph.component, engine):
             obstacles = _obstacles(header.key, graph, version, gpu)
             if obstacles:
                 refused.append(obstacles)
             else:
-                found.append((path.stat().st_mtime_ns, StoredPlan(header, load)))
+                found.append((path.stat().st_mtime_ns, plan))
     if not found:
         nearest: list[str] = min(refused, key=len) if refused else ["none has been built"]
         where, option = (f"in {graph.plans}", f" --cache {graph.plans}") if graph.plans else ("in the cache", "")
@@ -61,17 +70,17 @@ def usable_plans(graph: GraphFile, engine: str, version: str, gpu: Gpu) -> list[
     return [plan for _, plan in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
-def _plans(trusted: Path | None) -> Iterator[tuple[Path, PlanHeader, Callable[[], bytes]]]:
+def _plans(trusted: Path | None) -> Iterator[tuple[Path, StoredPlan]]:
     if trusted is None:
         cache = PlanCache(default_cache())
         for path, header in cache.headers():
-            yield path, header, partial(_from_cache, cache, header.key)
+            yield path, StoredPlan(header, partial(_from_cache, cache, header.key), cache.kernels(header.key))
         return
     if not trusted.is_dir():
         raise EngineError(f"--trust-engines {trusted} is not a folder; name one with *{SUFFIX} files")
     for path in sorted(trusted.glob(f"*{SUFFIX}")):
         try:
-            yield path, read_header(path, None), partial(_from_file, path)
+            yield path, StoredPlan(read_header(path, None), partial(_from_file, path), None)
         except (PlanError, OSError) as error:
             raise EngineError(f"--trust-engines: {path} is refused: {error}") from error
 

@@ -144,7 +144,7 @@ def family_specs(family: str) -> Mapping[str, ComponentSpec]:
 
 
 def added_conditions(family: str) -> tuple[TensorSpec, ...]:
-    """What the UNet of a family takes beside `sample`, `timestep` and `text_kv`, image prompts aside."""
+    """What UNet and ControlNets of a family take beside latents, timestep and text, image prompts aside."""
     return family_specs(family)["unet"].inputs[3:-1]
 
 
@@ -258,9 +258,17 @@ def residuals_of(unet: ComponentSpec) -> tuple[TensorSpec, ...]:
     return tuple(tensor for tensor in unet.inputs if tensor.name.startswith((_DOWN_RESIDUAL, _MID_RESIDUAL)))
 
 
-def controlnet_spec(residuals: Iterable[TensorSpec]) -> ComponentSpec:
-    """The spec of a ControlNet's graph: unscaled residuals from latents, text and a control image of 0 to 1."""
-    return ComponentSpec((_latents("sample"), _TIMESTEP, _ENCODER_HIDDEN_STATES, _CONTROLNET_COND), tuple(residuals))
+def controlnet_spec(residuals: Iterable[TensorSpec], family: str = SD15, has_attention: bool = True) -> ComponentSpec:
+    """The spec of a ControlNet's graph: unscaled residuals from latents, text and a control image of 0 to 1.
+
+    Args:
+        residuals: see `control_residuals`.
+        family: of the base model.
+        has_attention: whether it looks at the text; some small ones do not.
+    """
+    text = (_ENCODER_HIDDEN_STATES,) if has_attention else ()
+    inputs = (_latents("sample"), _TIMESTEP, *text, *added_conditions(family), _CONTROLNET_COND)
+    return ComponentSpec(inputs, tuple(residuals))
 
 
 def _level_axes(level: int) -> tuple[Axis, Axis]:

@@ -15,6 +15,7 @@ from ipa.engines.cuda_driver import NoDriver, find_driver
 from ipa.engines.device_latents import DeviceLatents
 from ipa.engines.engine import Array, GraphFile, check_finite, check_inputs
 from ipa.engines.errors import EngineError, first_line
+from ipa.engines.kernel_cache import RtxContext
 from ipa.engines.linear_run import LinearRun
 from ipa.engines.plan_choice import StoredPlan, usable_plans
 from ipa.engines.plan_file import PlanError, PlanHeader
@@ -62,6 +63,7 @@ class TensorRtEngine(Closing):
         self._buffers: dict[str, _Buffer] = {}
         self._native: Any = None  # the library's engine
         self._context: Any = None
+        self._rtx: RtxContext | None = None
         self._graph: Any = None
         self._shapes: dict[str, Shape] = {}
         try:
@@ -76,24 +78,29 @@ class TensorRtEngine(Closing):
         """Take a plan into use, in place of the one before."""
         self._forget_graph()
         self._shapes = {}
-        self._context = self._native = None  # the memory of the plan before, first
+        self._leave_context()  # the memory of the plan before, first
         self._header: PlanHeader | None = None
         try:
             content = plan.load()
         except (PlanError, OSError) as error:
             raise EngineError(f"{self.component}: the plan is refused: {error}; {self._build_hint()}") from error
         self._native = self._told("does not accept the plan", lambda: self._runtime.deserialize_cuda_engine(content))
-        self._context = self._told("cannot make an execution context; GPU memory may be full", self._new_context)
+        self._context = self._told(
+            "cannot make an execution context; GPU memory may be full", lambda: self._new_context(plan)
+        )
         self._header = plan.header
         self.precision = plan.header.key.precision
 
-    def _new_context(self) -> Any:
-        """TensorRT-RTX makes CUDA graphs by itself, and knows when its kernels are the final ones."""
+    def _new_context(self, plan: StoredPlan) -> Any:
         if not self._captures_itself:
             return self._native.create_execution_context()
-        config = self._native.create_runtime_config()
-        config.cuda_graph_strategy = self._library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return self._native.create_execution_context(config)
+        self._rtx = RtxContext(self._library, self._native, plan.kernels)
+        return self._rtx.context
+
+    def _leave_context(self) -> None:
+        if self._rtx is not None:
+            self._rtx.keep_kernels()
+        self._rtx = self._context = self._native = None
 
     @property
     def is_captured(self) -> bool:
@@ -265,6 +272,6 @@ class TensorRtEngine(Closing):
     def close(self) -> None:
         """Free plan and device memory; calling it twice is fine."""
         if self._device is not None:
-            self._context = self._native = None  # before the memory that they point to
+            self._leave_context()  # before the memory that it points to
             self._device.close()
         self._device = None

@@ -19,7 +19,7 @@ _OPTIONS = (
         type=click.Path(path_type=Path, file_okay=False),
         metavar="DIR",
         help="Configurations and tokenizer of a checkpoint file, as a pipeline folder has them; default: "
-        "Stable Diffusion 1.5's.",
+        "those of Stable Diffusion 1.5 or XL 1.0.",
     ),
     click.option("--vae", metavar="DIR_OR_ID_OR_FILE", help="VAE to use in place of the base model's."),
     click.option(
@@ -34,7 +34,7 @@ _OPTIONS = (
         "textual_inversions",
         multiple=True,
         metavar="FILE[=WORD]",
-        help="Embedding of a new word (default: the file's own); may be repeated.",
+        help="Embedding of a new word (default: the file's own); for XL with clip_l and clip_g; may be repeated.",
     ),
 )
 _CLIP_SKIP = click.option(
@@ -43,8 +43,8 @@ _CLIP_SKIP = click.option(
     default=0,
     show_default=True,
     metavar="N",
-    help="Layers of the text encoder to leave out, for prompt and negative prompt: diffusers' clip_skip, "
-    "AUTOMATIC1111's 'Clip skip' less 1.",
+    help="Layers of the text encoders to leave out, for prompt and negative prompt: diffusers' clip_skip, "
+    "in 1.x AUTOMATIC1111's 'Clip skip' less 1.",
 )
 
 

@@ -74,9 +74,8 @@ def export_bundle(request: ExportRequest, progress: Progress = silent) -> Manife
         raise IpaError("--merged has room for one adapter; leave out --image-slots and --masks")
     if request.merged and request.controlnets:
         raise IpaError("--merged has no room for ControlNets; leave out --controlnet")
-    channels, downscale = dimensions.latent_channels, base.vae_record.downscale
-    controlnets = read_controlnets(request.controlnets, base.unet_config, channels, downscale)
-    residuals = controlnets[0].residuals if controlnets else ()
+    controlnets = read_controlnets(request.controlnets, base)
+    residuals = controlnets[0].spec.outputs if controlnets else ()
 
     defaults = replace(base.defaults, **request.defaults)
     usual_sizes = guidance_pair_sizes(defaults.height, defaults.width, base.vae_record.downscale)

@@ -24,12 +24,12 @@ class BaseChanges:
     """What differs from the pipeline that `--base` names.
 
     Attributes:
-        config: folder of configurations and tokenizer for a checkpoint that is a single file; `None`: Stable
-            Diffusion 1.5's own.
+        config: folder of configurations and tokenizer for a checkpoint that is a single file; `None`: those
+            of Stable Diffusion 1.5 or XL 1.0.
         vae: folder, Hub id or file of another VAE.
-        loras: added into UNet and text encoder.
+        loras: added into UNet and text encoders.
         textual_inversions: new words.
-        clip_skip: layers of the text encoder to leave out, from the last.
+        clip_skip: layers of the text encoders to leave out, from the last.
     """
 
     config: Path | None = None

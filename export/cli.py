@@ -48,8 +48,7 @@ def _finite(context: click.Context, option: click.Parameter, value: float | None
     "--base",
     required=True,
     metavar="DIR_OR_ID_OR_FILE",
-    help="Stable Diffusion 1.x or XL: a pipeline in diffusers format; of 1.x also a checkpoint file in the original "
-    "layout.",
+    help="Stable Diffusion 1.x or XL: a pipeline in diffusers format, or a checkpoint file in the original layout.",
 )
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="[NAME=]FILE", help="IP-Adapter file; the first is the default."

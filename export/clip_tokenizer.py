@@ -12,7 +12,7 @@ from ipa.export.source import reading
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 
 
-def clip_tokenizer(merges_file: Path, max_tokens: int) -> Any:
+def clip_tokenizer(merges_file: Path, max_tokens: int, **special: str) -> Any:
     """The `CLIPTokenizer` of a `merges.txt`.
 
     Its vocabulary is: the 256 bytes, the same at the end of a word, what each merge makes, start and end.
@@ -20,6 +20,7 @@ def clip_tokenizer(merges_file: Path, max_tokens: int) -> Any:
 
     Args:
         max_tokens: of a prompt, 77.
+        **special: tokens that differ from CLIP's own, such as `pad_token`.
     Raises:
         IpaError: a line is no pair.
     """
@@ -34,6 +35,5 @@ def clip_tokenizer(merges_file: Path, max_tokens: int) -> Any:
     symbols = [chr(byte) for byte in _PRINTABLE] + [chr(256 + n) for n in range(256 - len(_PRINTABLE))]
     tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(merge) for merge in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=max_tokens
-    )
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_tokens, **special)

@@ -12,15 +12,25 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ipa.engines.errors import IpaError
-from ipa.engines.spec import Dimensions, TensorSpec, control_residuals, controlnet_spec
+from ipa.engines.spec import SD15, SDXL, ComponentSpec, Dimensions, control_residuals, controlnet_spec
 from ipa.export.attention import attend
+from ipa.export.family import TITLES, family_of_config
 from ipa.export.named_files import named
 from ipa.export.onnx_export import EXAMPLE_SIZES, Graph
+from ipa.export.pipeline import BasePipeline
 from ipa.export.precision import to_half
 from ipa.export.source import Source
 
 # Options that add inputs which the graph does not have.
-_UNSUPPORTED = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
+_UNSUPPORTED = ("class_embed_type", "encoder_hid_dim_type")
+_OWNERS = {SD15: f"{TITLES[SD15]} or 2.x", SDXL: TITLES[SDXL]}  # of ControlNets that take what the family does
+_ADDED_SIZES: Mapping[str, Mapping[str, str]] = {
+    SD15: {},
+    SDXL: {
+        "numbers beside the timestep": "projection_class_embeddings_input_dim",
+        "numbers made of a size": "addition_time_embed_dim",
+    },
+}
 _EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of the control image, where the configuration names none
 _IMAGE_CHANNELS = 3
 
@@ -48,18 +58,14 @@ class ControlNet:
 
     name: str
     source: Source
-    residuals: tuple[TensorSpec, ...]
+    spec: ComponentSpec  # of its graph, sizes and dtype open
     downscale: int  # pixels per latent
     is_global: bool  # see `ipa.engines.manifest.ControlNetRecord`
 
     @classmethod
-    def read(cls, given: ControlNetSource, unet_config: Mapping[str, Any], channels: int, downscale: int) -> ControlNet:
+    def read(cls, given: ControlNetSource, base: BasePipeline) -> ControlNet:
         """Read the configuration and check it against a base model.
 
-        Args:
-            unet_config: of the base model's UNet.
-            channels: of its latents.
-            downscale: pixels per latent.
         Raises:
             IpaError: it is none, or is for another model; the message names both sides.
         """
@@ -68,15 +74,25 @@ class ControlNet:
         if config is None or config.get("_class_name") != ControlNetModel.__name__:
             found = "has no config.json" if config is None else f"is a {config.get('_class_name')}"
             raise IpaError(f"{source} {found}; --controlnet takes a {ControlNetModel.__name__} in diffusers format")
-        used = [option for option in _UNSUPPORTED if config.get(option)]
+        used = ["addition_embed_type"] if config.get("addition_embed_type") not in (None, "text_time") else []
+        used += [option for option in _UNSUPPORTED if config.get(option)]
         if used:
             raise IpaError(
                 f"ControlNet {source} uses {used[0]} ({config[used[0]]}), which this base model does not have; "
                 "use one made for this base model"
             )
+        unet_config = base.unet_config
+        widths = config.get("cross_attention_dim", 1280), unet_config.get("cross_attention_dim", 1280)
+        if (family := family_of_config(config)) != base.family:
+            raise IpaError(
+                f"ControlNet {source} is for {_OWNERS[family]} (text of width {widths[0]}), this base model is "
+                f"{TITLES[base.family]} ({widths[1]}); use a ControlNet made for this base model"
+            )
+        channels, downscale = base.vae_config.get("latent_channels", 4), base.vae_record.downscale
         shrinks = len(config.get("conditioning_embedding_out_channels") or _EMBEDDING_CHANNELS) - 1
         sides: tuple[tuple[str, object, object], ...] = (
-            ("text of width", config.get("cross_attention_dim", 1280), unet_config.get("cross_attention_dim", 1280)),
+            ("text of width", *widths),
+            *((what, config.get(option), unet_config.get(option)) for what, option in _ADDED_SIZES[family].items()),
             ("latents of channels", config.get("in_channels", channels), channels),
             ("blocks of channels", _channels(config), _channels(unet_config)),
             ("blocks of layers", _layers(config), _layers(unet_config)),
@@ -90,7 +106,9 @@ class ControlNet:
                     "use a ControlNet made for this base model"
                 )
         is_global = bool(config.get("global_pool_conditions", False))
-        return cls(given.name, source, unet_residuals(unet_config), downscale, is_global)
+        residuals = control_residuals(_channels(unet_config), _layers(unet_config))
+        spec = controlnet_spec(residuals, family, _has_attention(config))
+        return cls(given.name, source, spec, downscale, is_global)
 
     @property
     def origin(self) -> str:
@@ -104,10 +122,8 @@ class ControlNet:
 
     def graph(self, dimensions: Dimensions, dtype: str) -> Graph:
         """Ready for export."""
-        spec, module = (
-            controlnet_spec(self.residuals).resolved(dimensions.sizes(), dtype),
-            ControlNetResiduals(self.load()),
-        )
+        spec = self.spec.resolved(dimensions.sizes(), dtype)
+        module = ControlNetResiduals(self.load(), spec)
         sizes = {side: EXAMPLE_SIZES[f"latent_{side}"] * self.downscale for side in ("height", "width")}
         return Graph(f"controlnet/{self.name}", to_half(module) if dtype == "float16" else module, spec, sizes)
 
@@ -115,21 +131,30 @@ class ControlNet:
 class ControlNetResiduals(nn.Module):
     """The ControlNet as it is exported: every residual at the size of the feature map that it is added to."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, spec: ComponentSpec) -> None:
         """Take over `model`: its attention processors are replaced, its global pooling is done here."""
         super().__init__()
         self._is_global = bool(model.config.global_pool_conditions)
+        self._inputs = [tensor.name for tensor in spec.inputs]
         model.register_to_config(global_pool_conditions=False)  # it would leave maps of one position
         for module in model.modules():
             if isinstance(module, Attention):
                 module.set_processor(_TextAttention())
         self.model = model
 
-    def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, controlnet_cond: Tensor
-    ) -> tuple[Tensor, ...]:
-        """`down_block_res_0`, ..., `mid_block_res`; see `ipa.engines.spec.control_residuals` for shapes."""
-        down, mid = self.model(sample, timestep, encoder_hidden_states, controlnet_cond, return_dict=False)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """`down_block_res_0`, ..., `mid_block_res`; see `ipa.engines.spec.controlnet_spec` for inputs and shapes."""
+        given = dict(zip(self._inputs, inputs, strict=True))
+        # In float32 until the embedding of all of them, as the sinusoids are.
+        added = {name: given[name].float() for name in ("text_embeds", "time_ids") if name in given}
+        down, mid = self.model(
+            given["sample"],
+            given["timestep"],
+            given.get("encoder_hidden_states"),
+            given["controlnet_cond"],
+            added_cond_kwargs=added,
+            return_dict=False,
+        )
         residuals = (*down, mid)
         if self._is_global:  # the mean in float32: half has no room for the sum of a whole map
             residuals = tuple(
@@ -155,14 +180,7 @@ class _TextAttention:
         return cast(Tensor, attn.to_out[1](attn.to_out[0](result)))
 
 
-def unet_residuals(unet_config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
-    """What a UNet takes of ControlNets."""
-    return control_residuals(_channels(unet_config), _layers(unet_config))
-
-
-def read_controlnets(
-    given: Sequence[ControlNetSource], unet_config: Mapping[str, Any], channels: int, downscale: int
-) -> list[ControlNet]:
+def read_controlnets(given: Sequence[ControlNetSource], base: BasePipeline) -> list[ControlNet]:
     """All of them, see `ControlNet.read`.
 
     Raises:
@@ -170,7 +188,13 @@ def read_controlnets(
     """
     if len({source.name for source in given}) < len(given):
         raise IpaError("two ControlNets have the same name; name them with --controlnet NAME=DIR_OR_ID")
-    return [ControlNet.read(source, unet_config, channels, downscale) for source in given]
+    return [ControlNet.read(source, base) for source in given]
+
+
+def _has_attention(config: Mapping[str, Any]) -> bool:
+    """Whether a ControlNet looks at the text; where its configuration says nothing of a block, it is diffusers' own."""
+    blocks = (config.get("mid_block_type") or "CrossAttn", *(config.get("down_block_types") or ["CrossAttn"]))
+    return any("CrossAttn" in block for block in blocks)
 
 
 def _channels(config: Mapping[str, Any]) -> tuple[int, ...]:

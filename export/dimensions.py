@@ -18,7 +18,7 @@ def base_dimensions(base: BasePipeline) -> Dimensions:
         kv=base.kv_layout.size,
         image_size=image["image_size"],
         image_embed_width=image["projection_dim"],
-        image_patches=base.image_patches,
+        image_patches=(image["image_size"] // image["patch_size"]) ** 2 + 1,  # one is the class token
         image_hidden_width=image["hidden_size"],
         latent_channels=base.vae_config.get("latent_channels", 4),
         unet_in_channels=base.unet_config.get("in_channels", 4),

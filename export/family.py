@@ -7,7 +7,6 @@ from typing import Any
 
 from ipa.engines.errors import IpaError
 from ipa.engines.spec import SD15, SDXL
-from ipa.export.changes import BaseChanges
 
 _KINDS = ("Pipeline", "Img2ImgPipeline", "InpaintPipeline")
 _CLASSES = {SD15: "StableDiffusion", SDXL: "StableDiffusionXL"}
@@ -37,6 +36,11 @@ def family_of(base: str, index: Mapping[str, Any]) -> str:
         f"{base} is a {name}, which is not supported yet; expected a pipeline of {' or '.join(TITLES.values())} "
         f"({' or '.join(f'{prefix}{_KINDS[0]}' for prefix in _CLASSES.values())})"
     )
+
+
+def family_of_config(config: Mapping[str, Any]) -> str:
+    """The family of a UNet or a ControlNet, by what it takes beside the text: sizes and pooled text are SDXL's."""
+    return SDXL if config.get("addition_embed_type") == "text_time" else SD15
 
 
 def check_unet(
@@ -76,25 +80,6 @@ def check_unet(
             f"expected {given} of Stable Diffusion XL: {text_embed_width} of the pooled text and {each} for each of "
             f"{_TIME_IDS} sizes"
         )
-
-
-def check_changes(family: str, base: str, changes: BaseChanges, is_checkpoint: bool) -> None:
-    """Refuse changes that a family does not know.
-
-    Raises:
-        IpaError: names the option.
-    """
-    if family == SD15:
-        return
-    asked = {
-        "--base FILE": is_checkpoint,
-        "--lora": changes.loras,
-        "--textual-inversion": changes.textual_inversions,
-        "--clip-skip": changes.clip_skip,
-    }
-    if given := [option for option, value in asked.items() if value]:
-        advice = "name a pipeline folder in diffusers format" if is_checkpoint else f"leave {given[0]} out"
-        raise IpaError(f"{base} is {TITLES[family]}, {given[0]} is supported for {TITLES[SD15]} alone so far: {advice}")
 
 
 def _has(index: Mapping[str, Any], part: str) -> bool:

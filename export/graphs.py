@@ -40,16 +40,19 @@ class PenultimateTextEncoder(nn.Module):
 
 
 class PooledTextEncoder(nn.Module):
-    """The same, and the last state of the end token, normed and projected, as SDXL uses its second."""
+    """The same, and the last state of the end token, normed and projected, as SDXL uses its second.
 
-    def __init__(self, model: nn.Module) -> None:
+    diffusers' `clip_skip` counts on from the state before the last layer; the pooled text has all layers.
+    """
+
+    def __init__(self, model: nn.Module, clip_skip: int = 0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.clip_skip = model, clip_skip
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """`encoder_hidden_states`, `text_embeds`."""
         output = self.model(input_ids, output_hidden_states=True)
-        return output.hidden_states[-2], output.text_embeds
+        return output.hidden_states[-(self.clip_skip + 2)], output.text_embeds
 
 
 class ImageEncoder(nn.Module):
@@ -105,7 +108,7 @@ def component_modules(
     """
     if base.family == SDXL:
         yield "text_encoder", PenultimateTextEncoder(_plain_attention(base.load_text_encoder()))
-        yield "text_encoder_2", PooledTextEncoder(_plain_attention(base.load_text_encoder_2()))
+        yield "text_encoder_2", PooledTextEncoder(_plain_attention(base.load_text_encoder_2()), base.clip_skip)
     else:
         yield "text_encoder", TextEncoder(_plain_attention(base.load_text_encoder()))
     unet = base.load_unet()

@@ -16,17 +16,9 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ipa.engines.errors import IpaError
-from ipa.engines.spec import (
-    ONE_SLOT,
-    SD15,
-    SDXL,
-    ImageSlots,
-    KVLayer,
-    KVLayout,
-    TensorSpec,
-    added_conditions,
-)
+from ipa.engines.spec import ONE_SLOT, ImageSlots, KVLayer, KVLayout, TensorSpec, added_conditions
 from ipa.export.attention import attend
+from ipa.export.family import family_of_config
 
 KeysValues = tuple[Tensor, ...]  # K_0, V_0, K_1, V_1, ... each (batch, tokens, width)
 
@@ -151,7 +143,7 @@ class HoistedUNet(nn.Module):
         """
         super().__init__()
         self.layout, self.slots, self.residuals = kv_layout(unet), slots, residuals
-        self.added = tuple(tensor.name for tensor in added_conditions(_family(unet)))
+        self.added = tuple(tensor.name for tensor in added_conditions(family_of_config(unet.config)))
         levels = self.layout.levels
         self.mask_levels = sorted(set(levels)) if slots.has_masks else []
         for module in unet.modules():
@@ -185,7 +177,3 @@ class HoistedUNet(nn.Module):
             controlled["mid_block_additional_residual"] = residuals[-1]
         output = self.unet(sample, timestep, conditions, added_cond_kwargs=added, return_dict=False, **controlled)
         return cast(Tensor, output[0])
-
-
-def _family(unet: UNet2DConditionModel) -> str:
-    return SDXL if unet.config.addition_embed_type == "text_time" else SD15

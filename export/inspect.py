@@ -61,7 +61,8 @@ def _changes(manifest: Manifest) -> Iterator[str]:
     for word in manifest.textual_inversions:
         yield f"textual inversion: {word.token}, {word.vectors} tokens, of {word.name}, sha256 {word.sha256[:16]}"
     if manifest.clip_skip:
-        yield f"clip skip: {manifest.clip_skip} layers of the text encoder left out"
+        encoders = "the text encoder" if manifest.tokenizer_2 is None else "both text encoders"
+        yield f"clip skip: {manifest.clip_skip} layers of {encoders} left out"
 
 
 def _component(name: str, component: ComponentRecord) -> Iterator[str]:

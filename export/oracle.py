@@ -5,7 +5,7 @@ Nothing of it is the exporter's, but for what is changed in the base model befor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from torch import Tensor, nn
 
 from ipa.engines.engine import Array
-from ipa.engines.spec import SDXL, TensorSpec, added_conditions, axis_size
+from ipa.engines.spec import SDXL, ComponentSpec, added_conditions, axis_size
 from ipa.export.adapters import AdapterWeights
 from ipa.export.hoist import cross_attentions
 from ipa.export.oracle_projections import diffusers_projection
@@ -23,14 +23,18 @@ from ipa.export.oracle_projections import diffusers_projection
 class DiffusersControlNet(nn.Module):
     """The ControlNet as diffusers computes it, with residuals that have no place spread over the map."""
 
-    def __init__(self, model: Any, residuals: Sequence[TensorSpec]) -> None:
-        """Take over an unchanged `ControlNetModel`; `residuals` as the bundle has them."""
+    def __init__(self, model: Any, spec: ComponentSpec) -> None:
+        """Take over an unchanged `ControlNetModel`; `spec` as the bundle has it."""
         super().__init__()
-        self.model, self._residuals = model, residuals
+        self.model, self._residuals = model, spec.outputs
+        self.inputs = [tensor.name for tensor in spec.inputs]
 
-    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, picture: Tensor) -> tuple[Tensor, ...]:
-        """The residuals, that of the middle last."""
-        down, mid = self.model(sample, timestep, text, picture, return_dict=False)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The residuals, that of the middle last, of what `inputs` names."""
+        given = dict(zip(self.inputs, inputs, strict=True))
+        sample, timestep, picture = (given.pop(name) for name in ("sample", "timestep", "controlnet_cond"))
+        text = given.pop("encoder_hidden_states", None)
+        down, mid = self.model(sample, timestep, text, picture, added_cond_kwargs=given, return_dict=False)
         sizes = {"batch": sample.shape[0], "latent_height": sample.shape[2], "latent_width": sample.shape[3]}
         shapes = ([axis_size(axis, sizes) for axis in tensor.axes] for tensor in self._residuals)
         return tuple(residual.expand(shape) for residual, shape in zip((*down, mid), shapes, strict=True))
@@ -97,7 +101,10 @@ class DiffusersStep:
                 controlnet, weight = control
                 picture = torch.from_numpy(inputs["controlnet_cond"].astype(np.float32))
                 latents = sample[:, : controlnet.model.config.in_channels]  # an inpainting model takes more
-                *down, mid = (weight * residual for residual in controlnet(latents, timestep, text, picture))
+                given = {"sample": latents, "timestep": timestep, "encoder_hidden_states": text, **added}
+                given["controlnet_cond"] = picture
+                residuals = controlnet(*(given[name] for name in controlnet.inputs))
+                *down, mid = (weight * residual for residual in residuals)
                 controlled = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
             output = self._unet(sample, timestep, condition, added_cond_kwargs=added, return_dict=False, **controlled)
         noise_pred: Array = output[0].numpy()

@@ -13,16 +13,18 @@ from ipa.engines.manifest import Defaults, SourceRecord, VaeRecord
 from ipa.engines.spec import SDXL
 from ipa.export.changes import BaseChanges
 from ipa.export.clip_tokenizer import clip_tokenizer
-from ipa.export.family import check_changes, check_unet, family_of
+from ipa.export.family import check_unet, family_of
 from ipa.export.hoist import config_kv_layout
+from ipa.export.image_encoder import load_image_encoder, read_image_config
 from ipa.export.image_preprocessing import image_processor
 from ipa.export.lora import read_lora
-from ipa.export.single_file import SD15_CONFIG, Checkpoint, is_checkpoint
+from ipa.export.single_file import CLIP_MERGES, CONFIGS, Checkpoint, is_checkpoint
 from ipa.export.source import Source, reading
 from ipa.export.textual_inversion import add_embeddings, add_tokens, read_textual_inversion
 from ipa.export.vae_source import VaeSource, check_vae
 
 _SDXL_GUIDANCE_SCALE = 5.0
+_TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 class BasePipeline:
@@ -38,12 +40,12 @@ class BasePipeline:
         Raises:
             IpaError: not such a pipeline, without an image encoder, or a change does not fit it.
         """
-        from transformers import CLIPTextConfig, CLIPVisionConfig  # they know the defaults that files leave out
+        from transformers import CLIPTextConfig  # it knows the defaults that files leave out
 
         changes = changes or BaseChanges()
         self._checkpoint = Checkpoint(Path(base)) if is_checkpoint(base) else None
         if self._checkpoint is not None:
-            self.source = Source(str(changes.config or SD15_CONFIG))
+            self.source = Source(str(changes.config or CONFIGS[self._checkpoint.family]))
         elif changes.config is not None:
             raise IpaError(f"--config goes with a checkpoint file as --base; {base} has configurations of its own")
         else:
@@ -55,7 +57,6 @@ class BasePipeline:
                 "checkpoint file, --config a folder of the same format"
             )
         self.family = family_of(base, index)
-        check_changes(self.family, base, changes, self._checkpoint is not None)
         self.force_zeros_for_empty_prompt = self.family == SDXL and bool(
             index.get("force_zeros_for_empty_prompt", True)
         )
@@ -82,38 +83,32 @@ class BasePipeline:
                 self.text_configs[part] = CLIPTextConfig.from_dict(self._config(part)).to_dict()
         self.text_config = self.text_configs["text_encoder"]
         self.scheduler_config = self._config("scheduler", "scheduler_config.json")
-        file = f"{self._image_part}/config.json".lstrip("/")
-        config = self.image_source.json(file)
-        if config is None:
-            raise IpaError(f"image encoder {self.image_source} has no config.json")
-        with reading(f"{self.image_source}/{file}"):
-            # A whole CLIP model, as most are published, has its vision model's sizes one level down, but for one.
-            whole, config = config, config.get("vision_config") or config
-            config = {**config, **{key: whole[key] for key in ("projection_dim",) if key in whole}}
-            self.image_config = CLIPVisionConfig.from_dict(config).to_dict()
-            size = int(self.image_config["image_size"])
-            self.image_patches = (size // int(self.image_config["patch_size"])) ** 2 + 1  # the class token is one
+        self.image_config = read_image_config(self.image_source, self._image_part)
+        size = self.image_config["image_size"]
         self.image_processor = image_processor(self.image_source, self._image_part, self.source, size)
         with reading(f"{self.source}/unet/config.json"):
             self._check_unet()
             self.kv_layout = config_kv_layout(self.unet_config)
             self.defaults = self._defaults()
-        self._check_parts()
+        if self._checkpoint is not None:
+            needed = (*parts, *(() if self._vae else ("vae",)))
+            self._checkpoint.check(self.family, needed, self.source, self.scheduler_config)
         self._read_changes(changes)
 
     def _read_changes(self, changes: BaseChanges) -> None:
-        layers = self.text_config["num_hidden_layers"]
+        layers = min(int(config["num_hidden_layers"]) for config in self.text_configs.values())
         if not 0 <= changes.clip_skip < layers:
             raise IpaError(f"--clip-skip {changes.clip_skip}: {self.source}'s text encoder has {layers} layers")
         self.clip_skip = changes.clip_skip
-        width = self.text_config["hidden_size"]
-        self._inversions = [read_textual_inversion(file, width) for file in changes.textual_inversions]
+        widths = {part: int(config["hidden_size"]) for part, config in self.text_configs.items()}
+        self._inversions = [read_textual_inversion(file, widths) for file in changes.textual_inversions]
         self.textual_inversions = tuple(inversion.record for inversion in self._inversions)
-        self._token_ids: list[int] = []
+        self._token_ids: dict[str, list[int]] = {}  # of the new words, by text encoder
         if self._inversions:
-            self._tokenizer()
-            self.text_config["vocab_size"] = max(self.text_config["vocab_size"], *(i + 1 for i in self._token_ids))
-        self._loras = [read_lora(file) for file in changes.loras]
+            for part, config in self.text_configs.items():
+                self._tokenizer(_TOKENIZERS[part])
+                config["vocab_size"] = max(config["vocab_size"], *(index + 1 for index in self._token_ids[part]))
+        self._loras = [read_lora(file, self.family) for file in changes.loras]
         self.loras = tuple(lora.record for lora in self._loras)
         if self._loras:
             self._check_loras()
@@ -122,21 +117,15 @@ class BasePipeline:
         """Before the minutes that an export takes: models without weights know their layers."""
         import torch
         from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
+        from transformers import CLIPTextConfig
 
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(self.unet_config)
-            text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(self.text_config))
+            models = {
+                part: _text_class(part)(CLIPTextConfig.from_dict(config)) for part, config in self.text_configs.items()
+            }
+            models["unet"] = UNet2DConditionModel.from_config(self.unet_config)
         for lora in self._loras:
-            lora.check("unet", unet)
-            lora.check("text_encoder", text_encoder)
-
-    def _check_parts(self) -> None:
-        if self._checkpoint is None:
-            return
-        for part, advice in (("vae", "name one with --vae"), ("text_encoder", "use a complete checkpoint")):
-            if part not in self._checkpoint.parts and not (part == "vae" and self._vae):
-                raise IpaError(f"base model {self._checkpoint.path} has no {part} weights; {advice}")
+            lora.check(models)
 
     def _file(self, part: str, name: str = "config.json") -> Path:
         file = self.source.file(f"{part}/{name}")
@@ -182,39 +171,36 @@ class BasePipeline:
             return _frozen(self._checkpoint.load_vae(self._file("vae").parent))
         return _frozen(self.source.load(AutoencoderKL.from_pretrained, "vae"))
 
-    def load_text_encoder_2(self) -> Any:
-        """SDXL's `CLIPTextModelWithProjection`."""
-        from transformers import CLIPTextModelWithProjection
-
-        return _frozen(self.source.load(CLIPTextModelWithProjection.from_pretrained, "text_encoder_2"))
-
     def load_text_encoder(self) -> Any:
         """The `CLIPTextModel`: LoRAs and new words added, without the layers that are skipped.
 
-        Its last hidden state is diffusers' prompt embedding for `clip_skip`: the final norm of the last layer left.
+        Its last hidden state is diffusers' prompt embedding for `clip_skip` (in Stable Diffusion XL, which leaves the
+        last layer out, the state before): the final norm of the last layer left.
         """
-        from transformers import CLIPTextModel
-
-        if self._checkpoint is not None:
-            model = self._checkpoint.load_text_encoder(self._file("text_encoder").parent)
-        else:
-            model = self.source.load(CLIPTextModel.from_pretrained, "text_encoder")
-        for lora in self._loras:
-            lora.fuse("text_encoder", model)
-        if self._inversions:
-            add_embeddings(model, self._inversions, self._token_ids)
+        model = self._load_text("text_encoder")
         if self.clip_skip:
             text_model = getattr(model, "text_model", model)  # transformers before 5.6 has one level more
             text_model.encoder.layers = text_model.encoder.layers[: -self.clip_skip]
         return _frozen(model)
 
+    def load_text_encoder_2(self) -> Any:
+        """SDXL's `CLIPTextModelWithProjection`, changed alike, with all its layers: the pooled text is of the last."""
+        return _frozen(self._load_text("text_encoder_2"))
+
+    def _load_text(self, part: str) -> Any:
+        if self._checkpoint is not None:
+            model = self._checkpoint.load_text_encoder(self._file(part).parent, part)
+        else:
+            model = self.source.load(_text_class(part).from_pretrained, part)
+        for lora in self._loras:
+            lora.fuse(part, model)
+        if self._inversions:
+            add_embeddings(model, part, self._inversions, self._token_ids[part])
+        return model
+
     def load_image_encoder(self) -> Any:
         """The `CLIPVisionModelWithProjection`."""
-        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-        config = CLIPVisionConfig.from_dict(self.image_config)
-        load = CLIPVisionModelWithProjection.from_pretrained
-        return _frozen(self.image_source.load(load, self._image_part, config=config))
+        return _frozen(load_image_encoder(self.image_source, self._image_part, self.image_config))
 
     def load_tokenizer(self, part: str = "tokenizer") -> Any:
         """The `tokenizers.Tokenizer`, new words added; its padding section holds length and token to pad with.
@@ -235,12 +221,17 @@ class BasePipeline:
         # transformers makes an empty tokenizer of a folder that has no vocabulary
         if any(self.source.file(f"{part}/{name}") for name in ("tokenizer.json", "vocab.json")):
             tokenizer = self.source.load_tokenizer(CLIPTokenizer.from_pretrained, part)
-        elif merges := self.source.file(f"{part}/merges.txt"):
-            tokenizer = clip_tokenizer(merges, self.text_tokens)
+        elif merges := self.source.file(f"{part}/merges.txt") or self._shipped_merges():
+            padding = (self.source.json(f"{part}/tokenizer_config.json") or {}).get("pad_token")
+            tokenizer = clip_tokenizer(merges, self.text_tokens, **({"pad_token": padding} if padding else {}))
         else:
             raise IpaError(f"{self.source} has no {part}/tokenizer.json; the pipeline folder is incomplete")
-        self._token_ids = add_tokens(tokenizer, self._inversions)
+        ids = add_tokens(tokenizer, self._inversions)
+        self._token_ids |= {encoder: ids for encoder, name in _TOKENIZERS.items() if name == part}
         return tokenizer
+
+    def _shipped_merges(self) -> Path | None:
+        return CLIP_MERGES if self.source.location in map(str, CONFIGS.values()) else None
 
     @property
     def sources(self) -> dict[str, SourceRecord]:
@@ -287,6 +278,12 @@ def _vae_record(config: Mapping[str, Any]) -> VaeRecord:
     """Scaling factor, and pixels per latent."""
     blocks = config.get("block_out_channels", (0,))
     return VaeRecord(float(config.get("scaling_factor", 0.18215)), 2 ** (len(blocks) - 1))
+
+
+def _text_class(part: str) -> Any:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    return CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
 
 
 def _frozen(model: Any) -> Any:

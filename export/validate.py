@@ -69,8 +69,7 @@ class Validator:
         }
         for source in controlnets:
             self.bundle.controlnet(source.name)
-        channels, downscale = dimensions.latent_channels, manifest.vae.downscale
-        self._controlnets = read_controlnets(controlnets, self.base.unet_config, channels, downscale)
+        self._controlnets = read_controlnets(controlnets, self.base)
         self._sizes, self._largest = self._usable_sizes()
 
     def _usable_sizes(self) -> tuple[Sequence[Size], int | None]:
@@ -119,7 +118,7 @@ class Validator:
         unet = self.bundle.manifest.components["unet"].spec
         yield from component_modules(self.base, ImageSlots.of(unet), residuals_of(unet))
         for control in self._controlnets:
-            yield f"controlnet/{control.name}", DiffusersControlNet(control.load(), control.residuals)
+            yield f"controlnet/{control.name}", DiffusersControlNet(control.load(), control.spec)
 
     def _tolerance(self, engine: Engine) -> float:
         """What the coarser of stored weights and arithmetic allows."""
@@ -173,7 +172,7 @@ class Validator:
         self, control: ControlNet, base_model: DiffusersStep, chain: Chain, controlnet: Engine
     ) -> Iterator[Check]:
         name, tolerance = f"step, controlnet/{control.name}", self._tolerance(chain.unet)
-        model = DiffusersControlNet(control.load(), control.residuals)
+        model = DiffusersControlNet(control.load(), control.spec)
         checks = []
         for case, inputs in step_inputs(self.bundle.manifest, self._sizes):
             for scale in _SCALES:

@@ -80,7 +80,9 @@ class WholeRuns:
         second = self._base.load_text_encoder_2()(ids, output_hidden_states=True)
         size = [self._defaults.height, self._defaults.width]
         return {
-            "encoder_hidden_states": torch.cat([first, second.hidden_states[-2]], dim=-1).numpy(),
+            "encoder_hidden_states": torch.cat(
+                [first, second.hidden_states[-(self._base.clip_skip + 2)]], dim=-1
+            ).numpy(),
             "text_embeds": second.text_embeds.numpy(),
             "time_ids": np.array([[*size, 0, 0, *size]] * 2, np.float32),
         }

@@ -28,13 +28,14 @@ class ControlledRun:
 
     Attributes:
         controls: opened.
-        encoder_hidden_states: (2, text_tokens, width) of negative and positive prompt; `None` without controls.
+        text: what ControlNets are told of it, by input: (2, ...) negative and positive, (1, ...) where alike; empty
+            without controls.
         count: how many pictures it makes.
         height, width: of them.
     """
 
     controls: tuple[ControlImage, ...]
-    encoder_hidden_states: Array | None
+    text: Mapping[str, Array]
     count: int
     height: int
     width: int
@@ -102,14 +103,16 @@ class ControlInputs:
             engine: opens a component; called only for ControlNets in use.
             unet: its spec.
             size: height and width of the latents.
-            guess_mode: ControlNets count for the positive half alone, those of early layers less.
+            guess_mode: ControlNets count for the positive half alone, those of early layers less; a first one whose
+                residuals have no place makes it so, too.
         """
         self._counts, self._halves = [run.count for run in runs], 2 if has_guidance else 1
         self._residuals = residuals_of(unet)
         self._scales = [[run.controls[place].scale_at for run in runs] for place in range(len(runs[0].controls))]
-        self._nets = [
-            self._net(runs, place, bundle, engine, has_guidance, guess_mode) for place in range(len(self._scales))
-        ]
+        names = [str(control.name) for control in runs[0].controls]
+        # The first decides for all. Source: diffusers 0.42.1, pipeline_controlnet.py, `nets[0].config`.
+        guesses = guess_mode or (bool(names) and bundle.manifest.controlnets[names[0]].is_global)
+        self._nets = [self._net(runs, place, bundle, engine, has_guidance, guesses) for place in range(len(names))]
         self._nothing = no_residuals(unet, sum(self._counts) * self._halves, *size)
 
     def _net(
@@ -119,26 +122,23 @@ class ControlInputs:
         bundle: Bundle,
         engine: Callable[[str], Engine],
         has_guidance: bool,
-        guess_mode: bool,
+        guesses: bool,
     ) -> _Net:
         """The ControlNet that the control images in one place are for."""
         name = str(runs[0].controls[place].name)
         is_global = bundle.manifest.controlnets[name].is_global
         opened = engine(f"controlnet/{name}")
         dtype = opened.spec.inputs[0].dtype
-        is_positive_only = guess_mode or is_global
-        on_both = has_guidance and not is_positive_only
+        on_both = has_guidance and not guesses
         pixels = [control_pixels(_picture(run.controls[place]), run.height, run.width) for run in runs]
-        states = [run.encoder_hidden_states for run in runs if run.encoder_hidden_states is not None]
-        inputs = {
-            "encoder_hidden_states": guidance_batch(states, self._counts, on_both),
-            "controlnet_cond": guidance_batch(pixels, self._counts, on_both).astype(dtype),
-        }
+        names = [tensor.name for tensor in opened.spec.inputs if tensor.name in runs[0].text]
+        inputs = {name: guidance_batch([run.text[name] for run in runs], self._counts, on_both) for name in names}
+        inputs["controlnet_cond"] = guidance_batch(pixels, self._counts, on_both).astype(dtype)
         for array in inputs.values():
             array.flags.writeable = False
         # Source: diffusers 0.42.1, controlnet.py, `ControlNetModel.forward`, "6. scaling".
         weights = np.ones(len(self._residuals), np.float32)
-        if guess_mode and not is_global:
+        if guesses and not is_global:
             weights = np.logspace(-1, 0, len(self._residuals), dtype=np.float32)
         return _Net(opened, inputs, 2 if on_both else 1, weights)
 

@@ -275,8 +275,8 @@ class Pipeline(Closing):
         """What ControlNets take of a request; its text is kept since it was encoded."""
         request = run.request
         assert request.height and request.width
-        states = self._text.encoder_hidden_states(request) if run.controls else None
-        return ControlledRun(run.controls, states, run.count, request.height, request.width)
+        text = self._text.for_controls(request) if run.controls else {}
+        return ControlledRun(run.controls, text, run.count, request.height, request.width)
 
     def _slots(self, run: Run) -> list[Slot]:
         """What the UNet's image slots show."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Engine
 from ipa.engines.spec import SDXL
-from ipa.runtime.kept import Kept, Outputs
+from ipa.runtime.kept import Kept
 from ipa.runtime.request import Request
 from ipa.runtime.tokenizer import Tokenizer
 
@@ -52,32 +52,34 @@ class Text:
             `time_ids` (1, 6); negative half first, one row where both are alike.
         """
         texts = {"negative prompt": request.negative_prompt, "prompt": request.prompt}
-        encodings = [{name: one.encode(text) for name, text in texts.items()} for one in self._tokenizers]
+        encodings = {name: self._tokenizers[0].encode(text) for name, text in texts.items()}
         warnings = [
             f"the {name} is longer than {self._manifest.text_tokens - 2} tokens; this was cut off: {encoding.cut!r}"
-            for name, encoding in encodings[0].items()
+            for name, encoding in encodings.items()
             if encoding.cut
         ]
         if request.negative_prompt and not request.has_guidance:
             warnings.append(f"the negative prompt has no effect at guidance scale {request.guidance_scale}")
-        text = dict(self._outputs(request, np.array([[one.ids for one in both.values()] for both in encodings])))
+        text = self._conditions(request)
         del text[_STATES]
-        if self._manifest.family == SDXL:
-            text["time_ids"] = np.array([request.time_ids], np.float32)
         return text, warnings
 
-    def encoder_hidden_states(self, request: Request) -> Array:
-        """The text itself, (2, text_tokens, width), as ControlNets take it."""
-        texts = request.negative_prompt, request.prompt
-        return self._outputs(request, np.array([[one.encode(text).ids for text in texts] for one in self._tokenizers]))[
-            _STATES
-        ]
+    def for_controls(self, request: Request) -> Mapping[str, Array]:
+        """What ControlNets take: `encoder_hidden_states` (2, text_tokens, text_width) in place of `text_kv`."""
+        text = self._conditions(request)
+        del text["text_kv"]
+        return text
 
-    def _outputs(self, request: Request, input_ids: NDArray[np.int64]) -> Outputs:
-        """What the encoders and `text_kv` make of ids (encoders, 2, text_tokens), kept."""
+    def _conditions(self, request: Request) -> dict[str, Array]:
+        """All that is made of the prompts, which is kept, and SDXL's sizes."""
+        texts = request.negative_prompt, request.prompt
+        input_ids = np.array([[one.encode(text).ids for text in texts] for one in self._tokenizers])
         is_zero = self._manifest.force_zeros_for_empty_prompt and not request.negative_prompt
         key = ("text", input_ids.tobytes(), is_zero)
-        return self._kept.get(key, lambda: self._encoded(input_ids, is_zero))
+        text = dict(self._kept.get(key, lambda: self._encoded(input_ids, is_zero)))
+        if self._manifest.family == SDXL:
+            text["time_ids"] = np.array([request.time_ids], np.float32)
+        return text
 
     def _encoded(self, input_ids: NDArray[np.int64], is_zero: bool) -> Mapping[str, Array]:
         """What the encoders make of ids (encoders, 2, text_tokens).

@@ -39,6 +39,14 @@ def made_once(folder: Path, name: str, make: Callable[[Path], object]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a machine with a GPU."""
+    from fake_gpu import environment
+
+    return environment(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture(scope="session")
 def tiny_base(session_folder: Path) -> Path:
     """Folder of a tiny random pipeline. Read only: copy it before changing anything."""
     from tiny import tiny_pipeline
@@ -177,24 +185,62 @@ def tiny_xl_files(session_folder: Path, tiny_xl_base: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_xl_bundle(session_folder: Path, tiny_xl_base: Path, tiny_xl_files: dict[str, Path]) -> Path:
-    """An FP32 bundle of `tiny_xl_base` with both adapters, named by their kinds. Read only."""
-    return made_once(
-        session_folder, "tiny_xl_bundle", lambda folder: _export_xl(tiny_xl_base, tiny_xl_files, folder, "float32")
-    )
+def tiny_xl_controlnets(session_folder: Path, tiny_xl_base: Path) -> dict[str, Path]:
+    """Random ControlNets for `tiny_xl_base`; `pose` has no attention, `mood` no place."""
+    from tiny import tiny_controlnet
+
+    without_attention = {"down_block_types": ("DownBlock2D",) * 3, "mid_block_type": "UNetMidBlock2D"}
+    options: dict[str, dict[str, Any]] = {
+        "edges": {"seed": 1},
+        "pose": {"seed": 2, **without_attention},
+        "mood": {"seed": 3, "global_pool_conditions": True},
+    }
+
+    def make(name: str) -> Callable[[Path], object]:
+        return lambda folder: tiny_controlnet(tiny_xl_base, folder, **options[name])
+
+    return {name: made_once(session_folder, f"xl_controlnet_{name}", make(name)) for name in options}
 
 
 @pytest.fixture(scope="session")
-def tiny_xl_half_bundle(session_folder: Path, tiny_xl_base: Path, tiny_xl_files: dict[str, Path]) -> Path:
-    """As `tiny_xl_bundle`, in FP16."""
-    return made_once(
-        session_folder, "tiny_xl_half_bundle", lambda folder: _export_xl(tiny_xl_base, tiny_xl_files, folder, "float16")
-    )
+def tiny_xl_bundle(
+    session_folder: Path, tiny_xl_base: Path, tiny_xl_files: dict[str, Path], tiny_xl_controlnets: dict[str, Path]
+) -> Path:
+    """An FP32 bundle of `tiny_xl_base` with both adapters, named by their kinds, and all ControlNets. Read only."""
+    parts = str(tiny_xl_base), tiny_xl_files, tiny_xl_controlnets
+    return made_once(session_folder, "tiny_xl_bundle", lambda folder: _export_xl(folder, *parts, "float32"))
 
 
-def _export_xl(base: Path, files: dict[str, Path], output: Path, dtype: str) -> None:
+@pytest.fixture(scope="session")
+def tiny_xl_half_bundle(
+    session_folder: Path, tiny_xl_base: Path, tiny_xl_files: dict[str, Path], tiny_xl_controlnets: dict[str, Path]
+) -> Path:
+    """As `tiny_xl_bundle`, in FP16 and without the ControlNets that have no attention or no place."""
+    parts = str(tiny_xl_base), tiny_xl_files, {"edges": tiny_xl_controlnets["edges"]}
+    return made_once(session_folder, "tiny_xl_half_bundle", lambda folder: _export_xl(folder, *parts, "float16"))
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_inpainting(session_folder: Path, tiny_xl_files: dict[str, Path]) -> tuple[Path, Path]:
+    """A tiny SDXL with a 9-channel UNet that encodes empty negative prompts, and its FP32 bundle without ControlNets.
+
+    Read only, both.
+    """
+    from tiny_xl import tiny_xl_pipeline
+
+    def make(folder: Path) -> None:
+        base = tiny_xl_pipeline(folder / "base", in_channels=9, force_zeros_for_empty_prompt=False)
+        _export_xl(folder / "bundle", str(base), {"base": tiny_xl_files["base"]}, {}, "float32")
+
+    folder = made_once(session_folder, "tiny_xl_inpainting", make)
+    return folder / "base", folder / "bundle"
+
+
+def _export_xl(output: Path, base: str, files: dict[str, Path], controlnets: dict[str, Path], dtype: str) -> None:
     from ipa.export.adapters import AdapterFile
     from ipa.export.build import ExportRequest, export_bundle
+    from ipa.export.controlnets import ControlNetSource
 
     adapters = tuple(AdapterFile(name, file) for name, file in files.items())
-    export_bundle(ExportRequest(base=str(base), output=output, adapters=adapters, dtype=dtype))
+    controls = tuple(ControlNetSource(name, str(folder)) for name, folder in controlnets.items())
+    export_bundle(ExportRequest(base, output, adapters=adapters, dtype=dtype, controlnets=controls))

@@ -1,4 +1,4 @@
-"""diffusers' weight names turned back into the original layout of Stable Diffusion 1.x, for tests with checkpoints."""
+"""diffusers' weight names turned back into the original layout of Stable Diffusion 1.x and XL, for tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
@@ -24,6 +24,7 @@ _UNET_RESNET: Sequence[Rule] = (
 # Two layers per block: three entries of `input_blocks`, and of `output_blocks`, each.
 _UNET: Sequence[Rule] = (
     (r"^time_embedding\.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"),
+    (r"^add_embedding\.linear_(\d)", lambda m: f"label_emb.0.{2 * int(m[1]) - 2}"),
     (r"^conv_in", "input_blocks.0.0"),
     (r"^conv_norm_out", "out.0"),
     (r"^conv_out", "out.2"),
@@ -34,10 +35,20 @@ _UNET: Sequence[Rule] = (
     (r"^mid_block\.attentions\.0", "middle_block.1"),
     (r"^up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"output_blocks.{3 * int(m[1]) + int(m[2])}.0"),
     (r"^up_blocks\.(\d)\.attentions\.(\d)", lambda m: f"output_blocks.{3 * int(m[1]) + int(m[2])}.1"),
-    (
-        r"^up_blocks\.(\d)\.upsamplers\.0\.conv",  # behind the attention, where the block has one
-        lambda m: f"output_blocks.{3 * int(m[1]) + 2}.{1 if m[1] == '0' else 2}.conv",
-    ),
+    (r"^up_blocks\.(\d)\.upsamplers\.0\.conv", lambda m: f"output_blocks.{3 * int(m[1]) + 2}.2.conv"),
+)
+# Nothing stands before the upsampler in a block without attention, the first on the way up in 1.x.
+_SD15_UPSAMPLER = (r"^output_blocks\.2\.2\.conv", "output_blocks.2.1.conv")
+_OPEN_CLIP: Sequence[Rule] = (
+    (r"^text_model\.", ""),
+    (r"embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"embeddings\.token_embedding", "token_embedding"),
+    (r"^final_layer_norm", "ln_final"),
+    (r"encoder\.layers", "transformer.resblocks"),
+    (r"layer_norm(\d)", r"ln_\1"),
+    (r"self_attn", "attn"),
+    (r"fc1", "c_fc"),
+    (r"fc2", "c_proj"),
 )
 _VAE: Sequence[Rule] = (
     (r"conv_norm_out", "norm_out"),
@@ -55,12 +66,32 @@ _VAE: Sequence[Rule] = (
 
 
 def original_state_dict(pipe: Any) -> dict[str, torch.Tensor]:
-    """The weights of a `StableDiffusionPipeline`, under their original names."""
-    found = {f"model.diffusion_model.{_unet_name(k)}": v for k, v in pipe.unet.state_dict().items()}
+    """The weights of a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, under their original names."""
+    is_xl = hasattr(pipe, "text_encoder_2")
+    rules = () if is_xl else (_SD15_UPSAMPLER,)
+    found = {f"model.diffusion_model.{_renamed(unet_name(k), rules)}": v for k, v in pipe.unet.state_dict().items()}
     found |= {f"first_stage_model.{name}": tensor for name, tensor in original_vae(pipe.vae).items()}
-    text = "cond_stage_model.transformer.text_model."
+    text = f"{'conditioner.embedders.0' if is_xl else 'cond_stage_model'}.transformer.text_model."
     found |= {text + k.removeprefix("text_model."): v for k, v in pipe.text_encoder.state_dict().items()}
+    if is_xl:
+        found |= {f"conditioner.embedders.1.model.{k}": v for k, v in open_clip(pipe.text_encoder_2).items()}
     return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def open_clip(text_encoder: Any) -> dict[str, torch.Tensor]:
+    """The weights of a `CLIPTextModelWithProjection` as OpenCLIP names them: queries, keys and values in one matrix."""
+    found = {}
+    state = text_encoder.state_dict()
+    for name, tensor in state.items():
+        renamed = _renamed(name, _OPEN_CLIP)
+        if name == "text_projection.weight":
+            found["text_projection"] = tensor.T
+        elif ".q_proj." in name:
+            parts = [state[name.replace("q_proj", f"{which}_proj")] for which in "qkv"]
+            found[renamed.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            found[renamed] = tensor
+    return {**found, "logit_scale": torch.tensor(4.6)}  # of CLIP's training
 
 
 def original_vae(vae: Any) -> dict[str, torch.Tensor]:
@@ -77,7 +108,7 @@ def original_vae(vae: Any) -> dict[str, torch.Tensor]:
 
 def write_checkpoint(base: Path, file: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a pipeline folder as one file, `.safetensors` or `.ckpt`."""
-    pipe = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
+    pipe = DiffusionPipeline.from_pretrained(base, local_files_only=True)
     state = {name: tensor.to(dtype) for name, tensor in original_state_dict(pipe).items()}
     if file.suffix == ".safetensors":
         save_file(state, file)
@@ -86,7 +117,8 @@ def write_checkpoint(base: Path, file: Path, dtype: torch.dtype = torch.float32)
     return file
 
 
-def _unet_name(name: str) -> str:
+def unet_name(name: str) -> str:
+    """A UNet's weight; the upsampler as behind an attention."""
     renamed = _renamed(name, _UNET)
     return _renamed(renamed, _UNET_RESNET) if ".resnets." in name else renamed
 

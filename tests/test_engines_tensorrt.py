@@ -1,7 +1,4 @@
-"""Running plans. There is no GPU here: NVIDIA's own Python bindings run on a libcuda that keeps "device" memory on the
-host (tests/fake_libcuda.c), and TensorRT is one that computes by onnxruntime (tests/fake_tensorrt). What is tested is
-ours: which plan is taken, what is copied when, the CUDA graph, and every message. On a GPU: `make gpu-check`.
-"""
+"""Running plans, on the stand-in for a GPU of tests/fake_gpu.py."""
 
 from __future__ import annotations
 
@@ -10,41 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from fake_gpu import REQUEST, STANDS_IN, Change, random_picture, run, script, store_plans
 from PIL import Image
 
-from ipa.engines.bundle import Bundle, hash_file
-from ipa.engines.cuda_driver import NoDriver, find_driver
-from ipa.engines.machine import platform_name
-from ipa.engines.plan_cache import PlanCache
-from ipa.engines.plan_file import RECIPE, PlanKey
-from ipa.engines.shape_profile import ShapeProfile, as_text
-
-HERE = Path(__file__).parent
-PROFILE = ShapeProfile.parse(["128x128", "64x64"], "1:1:2", "4:4:8")
-REQUEST = ("--prompt", "a cat", "--seed", "3", "--steps", "4", "--height", "64", "--width", "96", "--format", "json")
-Change = Callable[[PlanKey], PlanKey]
-
-pytestmark = [
-    pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in for the driver needs gcc"),
-    pytest.mark.skipif(not isinstance(find_driver(), NoDriver), reason="there is a GPU: run `make gpu-check`"),
-]
-
-
-@pytest.fixture(scope="module")
-def gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a machine with a GPU."""
-    folder = tmp_path_factory.mktemp("driver")
-    library, source = os.fspath(folder / "libcuda.so.1"), os.fspath(HERE / "fake_libcuda.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-x", "c", "-o", library, source], check=True)
-    paths = [os.fspath(HERE / "fake_tensorrt"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "LD_LIBRARY_PATH": os.fspath(folder), "PYTHONPATH": os.pathsep.join(paths)}
+pytestmark = STANDS_IN
 
 
 @pytest.fixture
@@ -53,37 +24,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def store_plans(cache: Path, bundle: Path, change: Change = lambda key: key) -> None:
-    """A plan for every component, as a build on this machine would leave it but for `change`."""
-    manifest, plans = Bundle.open(bundle, verify=False).manifest, PlanCache(cache)
-    adapters = {f"ip_adapter/{name}": record.component for name, record in manifest.adapters.items()}
-    for name, record in {**manifest.components, **adapters}.items():
-        profile = as_text(PROFILE.shapes(name, record.spec, manifest.vae.downscale))
-        key = PlanKey(
-            name, record.sha256, record.dtype, "tensorrt", "11.0.0.1", "9.0 Fake GPU", profile, platform_name(), RECIPE
-        )
-        with plans.workspace() as folder:
-            (folder / "plan").write_text(os.fspath(bundle / record.files[0].path))
-            plans.store(change(key), folder / "plan", bundle, {}, 1.0, 1.0)
-
-
-def run(gpu: dict[str, str], cache: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from ipa.runtime.cli import main; main()", *map(os.fspath, arguments)]
-    return subprocess.run(command, env={**gpu, "IPA_CACHE": str(cache)}, capture_output=True, text=True)
-
-
-def script(gpu: dict[str, str], text: str, *arguments: Path | str) -> Any:
-    """What a script prints, as JSON."""
-    command = [sys.executable, "-c", text, *map(os.fspath, arguments)]
-    done = subprocess.run(command, env=gpu, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)).save(tmp_path / "reference.png")
-    return tmp_path / "reference.png"
+    return random_picture(tmp_path / "reference.png")
 
 
 DEVICE = """
@@ -243,66 +186,6 @@ def test_steps_copy_only_what_changes_and_become_one_graph(gpu: dict[str, str], 
     assert (found["precision"], found["loaded"]) == ("float32", True)
 
 
-LATENTS = """
-import ctypes, json, sys
-from pathlib import Path
-import numpy as np
-from ipa.runtime import Pipeline
-from ipa.runtime.request import Request
-
-count = ctypes.CDLL("libcuda.so.1").fake_count
-requests = json.loads(sys.argv[2])
-report = []
-with Pipeline.open(sys.argv[1], engine="tensorrt") as ours, Pipeline.open(sys.argv[1], engine="onnxruntime") as oracle:
-    for fields in requests[::-1]:
-        request = Request(prompt="a cat", image=sys.argv[3], seed=1, height=64, width=96, **fields)
-        expected = [step.latents for step in oracle.steps(request)]
-        found, uploads = [], []
-        for step in ours.steps(request):
-            found.append(step.latents)
-            uploads.append(count(b"uploads"))
-        worst = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True))
-        report.append({"worst": worst, "uploads": np.diff(uploads).tolist()})
-    steps = ours.steps(request)
-    next(steps)
-    report.append(count(b"buffers"))
-    del steps  # given up in the middle
-    report.append(count(b"buffers"))
-report.append([count(name) for name in (b"buffers", b"modules", b"graphs", b"contexts")])
-print(json.dumps(report))
-"""
-
-
-def test_latents_stay_on_the_device(
-    gpu: dict[str, str], cache: Path, tiny_bundle: Path, tiny_half_bundle: Path, picture: Path
-) -> None:
-    # Copies a step: the timestep, then noise, or the sample where the arithmetic is not linear.
-    requests: list[tuple[dict[str, Any], int]] = [
-        ({"scheduler": "euler", "num_inference_steps": 5}, 1),
-        ({"scheduler": "pndm", "num_inference_steps": 6, "guidance_scale": 1.0}, 1),
-        ({"scheduler": "unipc", "num_inference_steps": 5, "num_images": 2}, 1),
-        ({"scheduler": "euler-ancestral", "num_inference_steps": 3}, 2),
-        ({"scheduler": "ddim", "num_inference_steps": 3}, 2),  # the model's configuration has it clip
-        ({"num_inference_steps": 3, "guidance_rescale": 0.7}, 2),
-    ]
-    fields = json.dumps([request for request, _ in requests])
-    for bundle, tolerance in ((tiny_bundle, 1e-5), (tiny_half_bundle, 5e-3)):
-        store_plans(cache, bundle)
-        found = script({**gpu, "IPA_CACHE": str(cache)}, LATENTS, bundle, fields, picture)
-        *runs, in_use, after, left = found
-        assert max(run["worst"] for run in runs) < tolerance
-        assert [set(run["uploads"]) for run in reversed(runs)] == [{copies} for _, copies in requests]
-        assert in_use == after + 3, "state, weights, noise"
-        assert left == [0, 0, 0, 0]
-
-
-def test_the_kernels_are_their_sources() -> None:
-    folder = HERE.parent / "engines"
-    for source in folder.glob("*.cu"):
-        header = source.with_suffix(".ptx").read_text().splitlines()[0]
-        assert header == f"// {source.name}, sha256 {hash_file(source)}", "python -m ipa.export.compile_kernels"
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -325,9 +208,16 @@ def test_a_plan_that_does_not_fit_is_not_run(
     assert f"`ipa-export build-engines --bundle {tiny_bundle} --engine tensorrt`" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "x.png").exists()
-    record = json.loads(run(gpu, cache, *options, "--engine", "auto", *REQUEST).stdout)
+
+
+def test_auto_takes_another_engine_and_says_why(
+    gpu: dict[str, str], cache: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    store_plans(cache, tiny_bundle, lambda key: replace(key, weights="0" * 64))
+    options = ("--bundle", tiny_bundle, "--output", tmp_path / "x.png", "--engine", "auto", *REQUEST)
+    record = json.loads(run(gpu, cache, *options).stdout)
     assert record["engine"] == "openvino"
-    assert reason in record["engine_reason"]
+    assert "weights differ" in record["engine_reason"]
 
 
 def test_a_changed_plan_is_not_run(gpu: dict[str, str], cache: Path, tiny_bundle: Path, tmp_path: Path) -> None:

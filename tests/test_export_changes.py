@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from original_layout import write_checkpoint
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_export_lora import write_lora
 from tiny import TEXT_WIDTH
+from tiny_xl import TEXT_WIDTHS
 
 from ipa.engines.bundle import Bundle
 from ipa.engines.manifest import FILE_NAME, Manifest
+from ipa.engines.spec import ONE_SLOT
 from ipa.export.changes import BaseChanges, parse_textual_inversion
 from ipa.export.cli import main
+from ipa.export.graphs import component_modules
 from ipa.export.lora import LoraFile
 from ipa.export.pipeline import BasePipeline
 from ipa.export.textual_inversion import TextualInversionFile
@@ -43,6 +46,19 @@ def pipeline(base: Path) -> Any:
     object.__setattr__(pipe.text_encoder, "text_model", pipe.text_encoder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def xl_pipeline(base: Path) -> Any:
+    pipe = StableDiffusionXLPipeline.from_pretrained(base, local_files_only=True, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_words(pipe: Any, file: Path, word: str) -> None:
+    """Load a file of Stable Diffusion XL as diffusers' documentation does, one encoder after the other."""
+    state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    pipe.load_textual_inversion(state["clip_l"], word, pipe.tokenizer, pipe.text_encoder)
+    pipe.load_textual_inversion(state["clip_g"], word, pipe.tokenizer_2, pipe.text_encoder_2)
 
 
 def vectors(count: int, seed: int = 0) -> torch.Tensor:
@@ -174,6 +190,55 @@ def test_clip_skip_equals_diffusers(clip_skip: int, tiny_base: Path) -> None:
     with torch.no_grad():
         found = base.load_text_encoder()(ids).last_hidden_state
     assert float((found - expected).abs().max() / expected.abs().max()) < TOLERANCE
+
+
+def xl_vectors(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    both = zip(("clip_l", "clip_g"), TEXT_WIDTHS, strict=True)
+    return {name: torch.randn(count, width, generator=generator) for name, width in both}
+
+
+XL_BAD: dict[str, tuple[Any, str]] = {
+    "one encoder": ({"<toy>": vectors(1)}, "expected the tensors clip_l (rows of 24) and clip_g (rows of 40)"),
+    "clip_l alone": ({"clip_l": xl_vectors(1)["clip_l"]}, "has no clip_g; Stable Diffusion XL has two text encoders"),
+    "another width": (xl_vectors(1) | {"clip_g": torch.zeros(1, 48)}, "of width 48, this base model's has 40"),
+    "another count": (xl_vectors(2) | {"clip_g": torch.zeros(1, 40)}, "clip_l and clip_g have 2 and 1 rows"),
+    "nan": (xl_vectors(1) | {"clip_g": torch.full((1, 40), float("nan"))}, "no rows of finite numbers"),
+}
+
+
+@pytest.mark.parametrize("case", XL_BAD)
+def test_refuses_a_textual_inversion_for_xl(case: str, tiny_xl_base: Path, tmp_path: Path) -> None:
+    state, message = XL_BAD[case]
+    file = saved(state, tmp_path / "x.safetensors")
+    result = run("onnx", "--base", tiny_xl_base, "--textual-inversion", file, "--output", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert f"textual inversion {file}" in result.stderr
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("clip_skip", [0, 1, 2])
+def test_the_text_of_xl_equals_diffusers(clip_skip: int, tiny_xl_base: Path, tmp_path: Path) -> None:
+    """Words of one and of three vectors, layers left out, and the pooled text, which has them all."""
+    pickled({name: tensor[0] for name, tensor in xl_vectors(1).items()}, tmp_path / "hat.pt")
+    saved({name: tensor.half() for name, tensor in xl_vectors(3, seed=1).items()}, tmp_path / "toy.safetensors")
+    theirs = xl_pipeline(tiny_xl_base)
+    words = {"<hat>": tmp_path / "hat.pt", "toy": tmp_path / "toy.safetensors"}
+    for word, file in words.items():
+        load_words(theirs, file, word)
+    inversions = (TextualInversionFile(words["<hat>"], "<hat>"), TextualInversionFile(words["toy"]))
+    base = BasePipeline(str(tiny_xl_base), None, BaseChanges(textual_inversions=inversions, clip_skip=clip_skip))
+    assert [(record.token, record.vectors) for record in base.textual_inversions] == [("<hat>", 1), ("toy", 3)]
+    encoders = [module for _, module in islice(component_modules(base, ONE_SLOT), 2)]
+    tokenizers = [Tokenizer(base.load_tokenizer(part), 77) for part in ("tokenizer", "tokenizer_2")]
+    for prompt in ("a cat!", "a photo of toy with <hat> on the grass"):
+        ids = [torch.from_numpy(tokenizer.encode(prompt).ids)[None] for tokenizer in tokenizers]
+        with torch.no_grad():
+            first, (second, pooled) = (encoder(each) for encoder, each in zip(encoders, ids, strict=True))
+            states, _, text_embeds, _ = theirs.encode_prompt(prompt, None, "cpu", 1, False, clip_skip=clip_skip or None)
+        for found, expected in ((torch.cat([first, second], dim=-1), states), (pooled, text_embeds)):
+            assert float((found - expected).abs().max() / expected.abs().max()) < TOLERANCE, prompt
 
 
 @pytest.mark.parametrize("clip_skip", ["-1", "2", "1.5"])

@@ -15,12 +15,14 @@ import pytest
 from click.testing import CliRunner
 from conftest import made_once
 from tiny import tiny_controlnet
+from tiny_xl import WIDTHS
 
 from ipa.engines.bundle import Bundle
 from ipa.engines.manifest import FILE_NAME, Manifest
 from ipa.engines.onnxruntime_cuda_engine import OnnxRuntimeCudaEngine
 from ipa.engines.plan_cache import PlanCache
 from ipa.engines.shape_profile import ShapeProfile
+from ipa.engines.spec import residuals_of
 from ipa.export.cases import cases
 from ipa.export.cli import main
 from ipa.export.controlnets import ControlNetSource
@@ -53,6 +55,21 @@ def test_inspect_shows_them(half_bundle: Path, tiny_controlnets: dict[str, Path]
     assert "    made of controlnet_edges\n" in text
     assert "    made of controlnet_mood, global: for the positive half alone\n" in text
     assert str(tiny_controlnets["edges"].parent) not in (half_bundle / FILE_NAME).read_text(), "no path of this machine"
+
+
+def test_residuals_follow_the_blocks_of_an_sdxl_unet(tiny_xl_bundle: Path) -> None:
+    """Three levels: one residual of the first convolution, two of each block and one of each way down, the middle."""
+    manifest = Bundle.open(tiny_xl_bundle, verify=False).manifest
+    added = ["text_embeds", "time_ids", "controlnet_cond"]
+    for name, control in manifest.controlnets.items():
+        spec, text = control.component.spec, [] if name == "pose" else ["encoder_hidden_states"]
+        assert [tensor.name for tensor in spec.inputs] == ["sample", "timestep", *text, *added]
+        assert spec.outputs == residuals_of(manifest.components["unet"].spec)
+        found = [(tensor.axes[1], tensor.axes[2]) for tensor in spec.outputs]
+        heights = ("latent_height", "latent_height_1", "latent_height_2")
+        one, two, three = zip(WIDTHS, heights, strict=True)
+        down = (WIDTHS[0], heights[1]), (WIDTHS[1], heights[2])
+        assert found == [one, one, one, down[0], two, two, down[1], three, three, three]
 
 
 def validate(bundle: Path, base: Path, controlnets: dict[str, Path]) -> Any:
@@ -154,14 +171,49 @@ def test_a_controlnet_for_another_model_is_refused(
     tiny_base: Path, tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
     folder = tiny_controlnet(tiny_base, tmp_path / "other", **config)
-    refused(call("onnx", "--base", tiny_base, "--output", tmp_path / "b", "--controlnet", folder), message)
-    assert not (tmp_path / "b").exists()
+    assert re.search(message, refusal(tiny_base, tmp_path, "--controlnet", folder))
 
 
-def refused(result: Any, message: str) -> None:
+@pytest.mark.parametrize(
+    ("of_controlnet", "of_base", "message"),
+    [
+        ("sd15", "sdxl", r"for Stable Diffusion 1.x or 2.x \(text of width 48\), this base model is .* XL \(64\); use"),
+        ("sdxl", "sd15", r"for Stable Diffusion XL \(text of width 64\), this base model is .* 1.x \(48\); use a Con"),
+    ],
+)
+def test_a_controlnet_for_another_family_is_refused_with_both_sides(
+    request: pytest.FixtureRequest, tmp_path: Path, of_controlnet: str, of_base: str, message: str
+) -> None:
+    prefix = {"sd15": "tiny", "sdxl": "tiny_xl"}
+    folder = request.getfixturevalue(f"{prefix[of_controlnet]}_controlnets")["edges"]
+    base = request.getfixturevalue(f"{prefix[of_base]}_base")
+    assert re.search(message, refusal(base, tmp_path, "--controlnet", folder))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"projection_class_embeddings_input_dim": 80},
+            "is for numbers beside the timestep 80, this base model has 84",
+        ),
+        ({"addition_time_embed_dim": 6}, "is for numbers made of a size 6, this base model has 8"),
+    ],
+)
+def test_an_sdxl_controlnet_of_other_sizes_is_refused(
+    tiny_xl_base: Path, tmp_path: Path, config: dict[str, int], message: str
+) -> None:
+    folder = tiny_controlnet(tiny_xl_base, tmp_path / "other", **config)
+    assert re.search(message, refusal(tiny_xl_base, tmp_path, "--controlnet", folder))
+
+
+def refusal(base: Path, folder: Path, *options: object) -> str:
+    """The one line in which an export is refused; nothing is written into `folder`."""
+    result = call("onnx", "--base", base, "--output", folder / "b", *options)
     assert result.exit_code == 2, result.output
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert re.search(message, result.stderr), result.stderr
+    assert not (folder / "b").exists()
+    (line,) = result.stderr.splitlines()
+    return str(line)
 
 
 Folders = Callable[[Path], list[object]]
@@ -181,14 +233,14 @@ def test_what_is_no_controlnet_is_refused(
     tiny_base: Path, tiny_controlnets: dict[str, Path], tmp_path: Path, arguments: Folders, message: str
 ) -> None:
     given = [part for text in arguments(tiny_controlnets["edges"]) for part in ("--controlnet", text)]
-    refused(call("onnx", "--base", tiny_base, "--output", tmp_path / "b", *given), message)
+    assert re.search(message, refusal(tiny_base, tmp_path, *given))
 
 
 def test_a_merged_graph_has_no_room(
     tiny_base: Path, tiny_adapter_file: Path, tiny_controlnets: dict[str, Path], tmp_path: Path
 ) -> None:
     options = "--adapter", tiny_adapter_file, "--merged", tmp_path / "m.onnx", "--controlnet", tiny_controlnets["edges"]
-    refused(call("onnx", "--base", tiny_base, "--output", tmp_path / "b", *options), "no room for ControlNets")
+    assert "no room for ControlNets" in refusal(tiny_base, tmp_path, *options)
 
 
 def test_names() -> None:

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from oracle import diffusers_unet
 from safetensors import safe_open
-from tiny import WIDTHS, tiny_tokenizer
+from tiny import tiny_tokenizer
 from tiny_xl import TEXT_EMBED_WIDTH, TEXT_WIDTHS, TIME_EMBED
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -32,6 +32,7 @@ from ipa.export.adapters import AdapterFile
 from ipa.export.build import ExportRequest, export_bundle
 from ipa.export.bundle_adapters import add_adapter
 from ipa.export.cli import main
+from ipa.export.controlnets import ControlNetSource
 from ipa.export.dimensions import manifest_dimensions
 from ipa.export.engine_builds import EngineBuilds
 from ipa.export.merged import MergedOptions
@@ -43,20 +44,20 @@ from ipa.runtime.cli import run
 Change = Callable[[Path], None]
 
 
-def test_the_bundle_has_the_components_of_the_family(tiny_xl_bundle: Path) -> None:
-    bundle = Bundle.open(tiny_xl_bundle)
-    manifest = bundle.manifest
+def test_the_bundle_has_the_components_of_the_family(tiny_xl_inpainting: tuple[Path, Path]) -> None:
+    folder = tiny_xl_inpainting[1]
+    manifest = Bundle.open(folder).manifest
     assert manifest.family == "sdxl"
     assert list(manifest.components) == list(family_specs("sdxl"))
     sizes = manifest_dimensions(manifest).sizes()
     assert (sizes["text_width_1"], sizes["text_width_2"], sizes["text_width"]) == (*TEXT_WIDTHS, sum(TEXT_WIDTHS))
     for name, spec in family_specs("sdxl").items():
         assert manifest.components[name].spec == spec.resolved(sizes, "float32")
-        graph = onnx.load(tiny_xl_bundle / name / "model.onnx", load_external_data=False).graph
+        graph = onnx.load(folder / name / "model.onnx", load_external_data=False).graph
         assert [value.name for value in graph.input] == [tensor.name for tensor in spec.inputs]
     assert len(manifest.kv_layout.layers) == 2 * 2 + 2 * 3 + 3 * 3 + 3 * 2 + 3
     assert manifest.tokenizer_2 is not None
-    assert manifest.force_zeros_for_empty_prompt
+    assert not manifest.force_zeros_for_empty_prompt, "as this model says"
     assert manifest.vae.scaling_factor == 0.13025
 
 
@@ -91,27 +92,38 @@ def test_a_repaired_vae_is_half(tiny_xl_base: Path, tmp_path: Path) -> None:
     assert manifest.sources["vae"].name == "vae"
 
 
-@pytest.mark.parametrize("folder", ["tiny_xl_bundle", "tiny_xl_half_bundle"])
+@pytest.mark.parametrize(("folder", "control"), [("tiny_xl_bundle", "pose"), ("tiny_xl_half_bundle", "edges")])
 def test_it_validates(
     folder: str,
+    control: str,
     request: pytest.FixtureRequest,
     tiny_xl_base: Path,
     tiny_xl_files: dict[str, Path],
+    tiny_xl_controlnets: dict[str, Path],
 ) -> None:
     files = [AdapterFile(name, file) for name, file in tiny_xl_files.items()]
-    checks = list(Validator(request.getfixturevalue(folder), str(tiny_xl_base), None, files).run())
+    controls = [ControlNetSource(control, str(tiny_xl_controlnets[control]))]
+    bundle = request.getfixturevalue(folder)
+    checks = list(Validator(bundle, str(tiny_xl_base), None, files, controlnets=controls).run())
     assert [check.name for check in checks if not check.passed] == []
-    assert {"text_encoder_2", "unet", "step, base", "step, plus", "run, base"} <= {check.name for check in checks}
+    names = {check.name for check in checks}
+    assert {"text_encoder_2", "unet", "step, base", "step, plus", "run, base"} <= names
+    assert {f"controlnet/{control}", f"step, controlnet/{control}"} <= names
+
+
+BUILT = ("text_encoder_2", "unet", "controlnet/edges", "vae_decoder")
 
 
 def test_engines_build(tiny_xl_half_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(tiny_xl_half_bundle, verify=False)
     profile = ShapeProfile.parse(["128x128"], "1", "4")
     builds = EngineBuilds(bundle, PlanCache(tmp_path / "cache"), "tensorrt-rtx", profile, ("8.6",))
-    jobs = [job for job in builds.survey()[1] if job.component in ("text_encoder_2", "unet", "vae_decoder")]
+    jobs = [job for job in builds.survey()[1] if job.component in BUILT]
     tensors = {outcome.component: outcome.header.tensors for outcome in builds.run(jobs)}
     assert tensors["unet"]["text_embeds"] == "float16 1x36:2x36:2x36"
     assert tensors["unet"]["time_ids"] == "float32 1x6:2x6:2x6"
+    for name in ("text_embeds", "time_ids"):
+        assert tensors["controlnet/edges"][name] == tensors["unet"][name]
     assert tensors["text_encoder_2"]["text_embeds"] == "float16 ?x36"
     assert tensors["vae_decoder"]["image"] == "float32 ?x3x?x?"
 
@@ -214,35 +226,6 @@ def test_pipelines_that_are_refused(tiny_xl_base: Path, tmp_path: Path, change: 
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "bundle").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "option"),
-    [
-        (["--lora", "x.safetensors"], "--lora"),
-        (["--textual-inversion", "x.pt"], "--textual-inversion"),
-        (["--clip-skip", "1"], "--clip-skip"),
-    ],
-)
-def test_changes_that_are_refused(tiny_xl_base: Path, tmp_path: Path, arguments: list[str], option: str) -> None:
-    given = ["onnx", "--base", str(tiny_xl_base), "--output", str(tmp_path / "bundle"), *arguments]
-    result = CliRunner().invoke(main, given)
-    assert result.exit_code == 2
-    expected = (
-        f"is Stable Diffusion XL, {option} is supported for Stable Diffusion 1.x alone so far: leave {option} out"
-    )
-    assert expected in result.stderr
-
-
-def test_a_checkpoint_with_the_configurations_of_sdxl_is_refused(tiny_xl_base: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    file = tmp_path / "x.safetensors"
-    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(WIDTHS[0], 4, 3, 3)}, file)
-    arguments = ["onnx", "--base", str(file), "--config", str(tiny_xl_base), "--output", str(tmp_path / "bundle")]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 2
-    assert "--base FILE is supported for Stable Diffusion 1.x alone so far: name a pipeline folder" in result.stderr
 
 
 def test_a_family_of_a_later_version_is_refused(tiny_xl_bundle: Path, tmp_path: Path) -> None:

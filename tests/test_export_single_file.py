@@ -11,17 +11,26 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from original_layout import original_state_dict, original_vae, write_checkpoint
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from ipa.benchmarks.full_size import CLIP_TEXT_2, FULL_XL
 from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.errors import IpaError
+from ipa.engines.spec import SD15, SDXL
 from ipa.export.changes import BaseChanges
 from ipa.export.cli import main
 from ipa.export.pipeline import BasePipeline
-from ipa.export.single_file import SD15_CONFIG, Checkpoint
+from ipa.export.single_file import CONFIGS, Checkpoint
 
 
 def run(*arguments: object) -> Any:
@@ -39,6 +48,11 @@ def config(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tiny_base, tmp_path_factory.mktemp("checkpoint") / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def xl_checkpoint(tiny_xl_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tiny_xl_base, tmp_path_factory.mktemp("checkpoint") / "xl.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -77,41 +91,83 @@ def test_a_checkpoint_gives_the_graphs_of_its_pipeline(
         assert (wrong.exit_code, message in wrong.stderr) == (2, True), wrong.output
 
 
+@pytest.mark.parametrize("family", ["tiny_base", "tiny_xl_base"])
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
-def test_every_layout_of_a_checkpoint_loads(suffix: str, config: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_every_layout_of_a_checkpoint_loads(
+    suffix: str, family: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     """Training checkpoints in a pickle with `state_dict`; files in half precision, without `text_model`."""
-    file = tmp_path / f"model.{suffix}"
-    write_checkpoint(tiny_base, file, torch.float32 if suffix == "ckpt" else torch.float16)
-    expected = StableDiffusionPipeline.from_pretrained(tiny_base, local_files_only=True)
+    folder, file = request.getfixturevalue(family), tmp_path / f"model.{suffix}"
+    write_checkpoint(folder, file, torch.float32 if suffix == "ckpt" else torch.float16)
+    expected = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     if suffix == "safetensors":
         state = {name.replace("transformer.text_model.", "transformer."): t for name, t in load_file(file).items()}
-        save_file({**state, "cond_stage_model.transformer.embeddings.position_ids": torch.arange(77)[None]}, file)
+        prefix = next(name for name in state if ".token_embedding" in name).rpartition("token_embedding")[0]
+        save_file({**state, f"{prefix}position_ids": torch.arange(77)[None]}, file)
         expected.to(torch.float16).to(torch.float32)
-    base = BasePipeline(str(file), str(tiny_base / "image_encoder"), BaseChanges(config=config))
+    base = BasePipeline(str(file), str(folder / "image_encoder"), BaseChanges(config=folder))
     same_weights(base.load_unet(), expected.unet)
     same_weights(base.load_vae(), expected.vae)
     same_weights(base.load_text_encoder(), expected.text_encoder)
+    if family == "tiny_xl_base":
+        same_weights(base.load_text_encoder_2(), expected.text_encoder_2)
 
 
-def test_the_shipped_configurations_are_those_of_sd15() -> None:
-    """Parameter counts as published, CLIP's ids, and what diffusers' scheduler reads."""
+# Parameter counts as published: UNet, VAE, text encoders.
+PARAMETERS = {
+    SD15: [859_520_964, 83_653_863, 123_060_480],
+    SDXL: [2_567_463_684, 83_653_863, 123_060_480, 694_659_840],
+}
+
+
+@pytest.mark.parametrize("family", PARAMETERS)
+def test_the_shipped_configurations_are_those_published(family: str) -> None:
+    folder = CONFIGS[family]
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(SD15_CONFIG / "unet"))
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(SD15_CONFIG / "vae"))
-        text = CLIPTextModel(CLIPTextConfig.from_pretrained(SD15_CONFIG / "text_encoder"))
-    assert [sum(p.numel() for p in model.parameters()) for model in (unet, vae, text)] == [
-        859_520_964,
-        83_653_863,
-        123_060_480,
-    ]
-    assert text.config.hidden_act == "quick_gelu"
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+        models: list[Any] = [unet, vae, CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))]
+        if family == SDXL:
+            config = CLIPTextConfig.from_pretrained(folder / "text_encoder_2")
+            models.append(CLIPTextModelWithProjection(config))
+    assert [sum(p.numel() for p in model.parameters()) for model in models] == PARAMETERS[family]
+    assert [model.config.hidden_act for model in models[2:]] == ["quick_gelu", "gelu"][: len(models) - 2]
 
 
-def test_the_shipped_tokenizer_is_clip_s(tmp_path: Path, checkpoint: Path, tiny_base: Path) -> None:
-    base = BasePipeline(str(checkpoint), str(tiny_base / "image_encoder"))
-    ids = base.load_tokenizer().encode("a photo of a cat").ids
-    assert ids[:8] == [49406, 320, 1125, 539, 320, 2368, 49407, 49407]  # as openai/clip-vit-large-patch14 gives
-    assert (len(ids), base.load_tokenizer().get_vocab_size()) == (77, 49408)
+def test_the_shipped_configurations_of_xl_are_those_of_the_full_size(tiny_xl_base: Path) -> None:
+    """What parameter counts do not tell: heads, the scheduler, the VAE's factor and precision."""
+    folder = CONFIGS[SDXL]
+    unet = UNet2DConditionModel.load_config(folder / "unet")
+    assert {name: unet[name] for name in FULL_XL.unet} == {
+        name: list(value) if isinstance(value, tuple) else value for name, value in FULL_XL.unet.items()
+    }
+    shipped, expected = (
+        {
+            name: value
+            for name, value in EulerDiscreteScheduler.from_pretrained(pipeline / "scheduler").config.items()
+            if not name.startswith("_")
+        }
+        for pipeline in (folder, tiny_xl_base)
+    )
+    assert shipped == expected
+    text = CLIPTextConfig.from_pretrained(folder / "text_encoder_2").to_dict()
+    assert {name: text[name] for name in CLIP_TEXT_2} == CLIP_TEXT_2
+
+
+# As openai/clip-vit-large-patch14 gives; XL's second tokenizer pads with "!".
+IDS = [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+def test_the_shipped_tokenizers_are_clip_s(checkpoint: Path, xl_checkpoint: Path, tiny_base: Path) -> None:
+    image_encoder = str(tiny_base / "image_encoder")
+    base, xl = BasePipeline(str(checkpoint), image_encoder), BasePipeline(str(xl_checkpoint), image_encoder)
+    for pipeline, part, padding in ((base, "tokenizer", 49407), (xl, "tokenizer", 49407), (xl, "tokenizer_2", 0)):
+        tokenizer = pipeline.load_tokenizer(part)
+        assert tokenizer.encode("a photo of a cat").ids == IDS + [padding] * 70
+        assert tokenizer.get_vocab_size() == 49408
+    assert (xl.family, xl.defaults.height, xl.vae_record.scaling_factor) == (SDXL, 1024, 0.13025)
+    assert xl.needs_float32_vae
+    assert xl.force_zeros_for_empty_prompt
 
 
 class Code:
@@ -162,7 +218,7 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
             folder / "x.safetensors",
             file,
         ),
-        "is Stable Diffusion XL, which is not supported",
+        "is Stable Diffusion XL, the configurations in",
     ),
     "a missing weight": (
         lambda folder, file: without(
@@ -177,6 +233,41 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
         "--config DIR",
     ),
 }
+
+
+XL_BAD_FILES: dict[str, tuple[Any, str]] = {
+    "refiner": (
+        lambda file, source: with_shape("conditioner.embedders.0.model.ln_final.bias", (1,), file, source),
+        "is a refiner of Stable Diffusion XL, which is not supported",
+    ),
+    "inpainting": (
+        lambda file, source: with_shape("model.diffusion_model.input_blocks.0.0.weight", (24, 9, 3, 3), file, source),
+        "is an inpainting model, which is not supported",
+    ),
+    "playground": (lambda file, source: with_shape("edm_mean", (4,), file, source), "is Playground v2.5"),
+    "predicts v": (lambda file, source: with_shape("v_pred", (0,), file, source), "predicts v (it has v_pred)"),
+    "one text encoder": (
+        lambda file, source: without("conditioner.embedders.1.", file, source),
+        "has no text_encoder_2 weights; use a complete checkpoint",
+    ),
+    "a missing weight": (
+        lambda file, source: without("conditioner.embedders.1.model.text_projection", file, source),
+        "cannot load the text_encoder_2 of",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", XL_BAD_FILES)
+def test_refuses_a_checkpoint_of_xl(case: str, xl_checkpoint: Path, tiny_xl_base: Path, tmp_path: Path) -> None:
+    make, message = XL_BAD_FILES[case]
+    file = make(tmp_path / "x.safetensors", xl_checkpoint)
+    source = ("--base", file, "--config", tiny_xl_base, "--image-encoder", tiny_xl_base / "image_encoder")
+    result = run("onnx", *source, "--output", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    *progress, last = result.stderr.splitlines()
+    assert message in last
+    assert progress == (["export text_encoder"] if case == "a missing weight" else [])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
@@ -211,7 +302,9 @@ def test_refuses_options(arguments: list[str], message: str, checkpoint: Path, t
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layout", ["folder", "pipeline", "diffusers file", "original file", "prefixed pickle"])
+@pytest.mark.parametrize(
+    "layout", ["folder", "pipeline", "diffusers file", "old names", "original file", "prefixed pickle"]
+)
 def test_another_vae_replaces_the_pipeline_s(layout: str, other_vae: Path, tiny_base: Path, tmp_path: Path) -> None:
     expected = AutoencoderKL.from_pretrained(other_vae)
     original = original_vae(expected)
@@ -222,6 +315,15 @@ def test_another_vae_replaces_the_pipeline_s(layout: str, other_vae: Path, tiny_
         shutil.copytree(other_vae, vae / "vae", dirs_exist_ok=True)
     elif layout == "diffusers file":
         vae = other_vae / "diffusion_pytorch_model.safetensors"
+    elif layout == "old names":  # as sd-vae-ft-mse has them
+        old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+        vae = tmp_path / "old.safetensors"
+        renamed = {
+            next((name.replace(new, was) for new, was in old.items() if new in name), name): tensor.contiguous()
+            for name, tensor in expected.state_dict().items()
+        }
+        assert len([name for name in renamed if ".query." in name]) == 4  # weight and bias, twice
+        save_file(renamed, vae)
     elif layout == "original file":
         vae = tmp_path / "vae.safetensors"
         save_file({**original, "loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}, vae)

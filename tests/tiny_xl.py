@@ -20,13 +20,16 @@ TIME_EMBED = 8
 WIDTHS = (24, 48, 72)
 
 
-def tiny_xl_pipeline(folder: Path, seed: int = 0, force_upcast: bool = True, **options: Any) -> Path:
+def tiny_xl_pipeline(
+    folder: Path, seed: int = 0, force_upcast: bool = True, in_channels: int = 4, **options: Any
+) -> Path:
     """Write a pipeline folder as diffusers saves it, `image_encoder` and `feature_extractor` included.
 
     Args:
         folder: where; made when missing.
         seed: of all weights.
         force_upcast: of the VAE.
+        in_channels: of the UNet; 9 in inpainting models.
         **options: of the pipeline.
     Returns:
         `folder`.
@@ -34,7 +37,7 @@ def tiny_xl_pipeline(folder: Path, seed: int = 0, force_upcast: bool = True, **o
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         block_out_channels=WIDTHS,
         layers_per_block=2,
