@@ -19,7 +19,7 @@ from ipa.export.named_files import named
 from ipa.export.onnx_export import EXAMPLE_SIZES, Graph
 from ipa.export.pipeline import BasePipeline
 from ipa.export.precision import to_half
-from ipa.export.source import Source
+from ipa.export.source import Source, reading
 
 # Options that add inputs which the graph does not have.
 _UNSUPPORTED = ("class_embed_type", "encoder_hid_dim_type")
@@ -188,7 +188,11 @@ def read_controlnets(given: Sequence[ControlNetSource], base: BasePipeline) -> l
     """
     if len({source.name for source in given}) < len(given):
         raise IpaError("two ControlNets have the same name; name them with --controlnet NAME=DIR_OR_ID")
-    return [ControlNet.read(source, base) for source in given]
+    controlnets = []
+    for source in given:
+        with reading(f"{source.location}/config.json"):
+            controlnets.append(ControlNet.read(source, base))
+    return controlnets
 
 
 def _has_attention(config: Mapping[str, Any]) -> bool:
