@@ -178,9 +178,13 @@ class Manifest:
         return (self.tokenizer,) if self.tokenizer_2 is None else (self.tokenizer, self.tokenizer_2)
 
     def with_adapter(self, name: str, adapter: AdapterRecord) -> Manifest:
-        """This manifest with one more (or one replaced) adapter; the first one becomes the default."""
+        """This manifest with one more (or one replaced) adapter; the first one becomes the default.
+
+        Validation figures are not those of the adapter that replaces another: they go.
+        """
         defaults = self.defaults if self.defaults.adapter else replace(self.defaults, adapter=name)
-        return replace(self, adapters={**self.adapters, name: adapter}, defaults=defaults)
+        validation = {} if name in self.adapters else self.validation
+        return replace(self, adapters={**self.adapters, name: adapter}, defaults=defaults, validation=validation)
 
     def to_json(self) -> str:
         """The file's text."""

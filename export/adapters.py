@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +15,11 @@ from ipa.engines.spec import Dimensions, KVLayout, adapter_spec
 from ipa.export.adapter_kinds import Kind, MakeProjection, kind_of
 from ipa.export.adapter_modules import Adapter
 from ipa.export.adapter_tensors import TensorGroup
+from ipa.export.named_files import named
 from ipa.export.onnx_export import Graph
 from ipa.export.precision import to_half
 from ipa.trainer.errors import TrainError
 from ipa.trainer.weights import load_adapter
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,7 @@ class AdapterFile:
         Raises:
             IpaError: the name has other characters than letters, digits, `_` and `-`.
         """
-        name, separator, path = text.partition("=")
-        if not separator or "/" in name:
-            path, name = text, re.sub(r"[^A-Za-z0-9_-]+", "-", Path(text).stem).strip("-")
-        if not _NAME.fullmatch(name):
-            raise IpaError(f"adapter name {name!r} may hold only letters, digits, '_' and '-'; use NAME=FILE")
+        name, path = named(text, Path(text).stem, "adapter")
         return cls(name, Path(path))
 
 

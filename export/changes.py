@@ -12,6 +12,7 @@ from ipa.engines.bundle import hash_file
 from ipa.engines.errors import IpaError
 from ipa.engines.manifest import LoraRecord, Manifest, TextualInversionRecord
 from ipa.export.lora import LoraFile
+from ipa.export.named_files import valued
 from ipa.export.textual_inversion import TextualInversionFile
 
 Record = TypeVar("Record", LoraRecord, TextualInversionRecord)
@@ -51,24 +52,21 @@ def parse_lora(text: str) -> LoraFile:
     Raises:
         IpaError: the scale is no finite number.
     """
-    path, separator, scale = text.rpartition("=")
-    if not separator or Path(text).exists():
-        return LoraFile(Path(text))
+    path, scale = valued(text, is_last=True)
+    if scale is None:
+        return LoraFile(path)
     try:
         number = float(scale)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
         raise IpaError(f"lora {text}: {scale!r} is no finite number, expected FILE=SCALE such as {path}=0.8")
-    return LoraFile(Path(path), number)
+    return LoraFile(path, number)
 
 
 def parse_textual_inversion(text: str) -> TextualInversionFile:
     """`FILE[=WORD]`."""
-    path, separator, word = text.partition("=")
-    if not separator or Path(text).exists():
-        return TextualInversionFile(Path(text))
-    return TextualInversionFile(Path(path), word)
+    return TextualInversionFile(*valued(text, is_last=False))
 
 
 def repeated(manifest: Manifest, given: BaseChanges) -> BaseChanges:

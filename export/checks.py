@@ -33,10 +33,12 @@ class Check:
     is_change: bool = False  # passes when the output moves by more than the tolerance
     psnr: float | None = None  # dB, of a picture; it decides, not the tolerance
     own_psnr: float | None = None  # dB, of the model's own picture from noise changed by one part in a thousand
-    is_judged: bool = True
+    is_judged: bool = True  # else it passes, and says nothing of the bundle
 
     def __str__(self) -> str:
         verdict = "--  " if not self.is_judged else "ok  " if self.passed else "FAIL"
+        if not self.is_judged and self.psnr is None:
+            return f"{verdict} {self.name:28} not compared: {self.worst}"
         relation = ">" if self.is_change else "<="
         limit = f"{relation} {self.tolerance:.0e}" if self.psnr is None else self._picture_limit(self.psnr)
         return (
@@ -119,6 +121,12 @@ def _psnr(found: Array, expected: Array) -> float:
 def failure(name: str, message: str, tolerance: float) -> Check:
     """An engine that gave no output."""
     return Check(name, passed=False, relative_error=float("inf"), tolerance=tolerance, cosine=0.0, worst=message)
+
+
+def not_compared(name: str, reason: str) -> Check:
+    """What a bundle holds and nobody looked at; no figure of it is finite."""
+    unknown = math.inf
+    return Check(name, True, unknown, 0.0, unknown, unknown, worst=reason, is_judged=False)
 
 
 def worst(checks: Sequence[Check]) -> Check:

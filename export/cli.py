@@ -17,6 +17,7 @@ from ipa.export.engine_cli import build_engines
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_OPSET = click.option("--opset", type=click.IntRange(18, 20), default=18, show_default=True)
 
 
 class _Group(click.Group):
@@ -62,7 +63,7 @@ def _finite(context: click.Context, option: click.Parameter, value: float | None
     show_default=True,
     help="Type of weights and activations.",
 )
-@click.option("--opset", type=click.IntRange(18, 20), default=18, show_default=True)
+@_OPSET
 @click.option(
     "--image-slots",
     type=click.IntRange(1, MAX_SLOTS),
@@ -78,16 +79,16 @@ def _finite(context: click.Context, option: click.Parameter, value: float | None
     metavar="[NAME=]DIR_OR_ID",
     help="ControlNet in diffusers format for this base model; may be repeated.",
 )
-@click.option("--merged", type=_FILE, metavar="FILE", help="Also write one ONNX step graph with the adapter inside.")
 @click.option(
-    "--merged-scale", type=float, default=1.0, show_default=True, callback=_finite, help="IP-Adapter scale fixed in it."
+    "--merged", type=_FILE, metavar="FILE", help="Also write one ONNX step graph with the default adapter inside."
 )
+@click.option("--merged-scale", type=float, callback=_finite, help="IP-Adapter scale fixed in it (default: 1).")
 @click.option("--default-steps", type=click.IntRange(1, 1000), help="Steps of a request that names none.")
 @click.option(
     "--default-guidance-scale", type=float, callback=_finite, help="Guidance scale of a request that names none."
 )
 @click.option("--default-scale", type=float, callback=_finite, help="IP-Adapter scale of a request that names none.")
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle, and the files of --merged.")
 def onnx(
     base: str,
     adapters: tuple[str, ...],
@@ -99,7 +100,7 @@ def onnx(
     has_masks: bool,
     controlnets: tuple[str, ...],
     merged: Path | None,
-    merged_scale: float,
+    merged_scale: float | None,
     default_steps: int | None,
     default_guidance_scale: float | None,
     default_scale: float | None,
@@ -107,6 +108,8 @@ def onnx(
     **changes: Any,
 ) -> None:
     """Write a bundle: a folder of ONNX graphs that ipa-run needs, and nothing else."""
+    if merged_scale is not None and merged is None:
+        raise IpaError("--merged-scale goes with --merged FILE; requests to a bundle name a scale of their own")
     from ipa.export.publish import check_target
 
     check_target(output, force)
@@ -114,7 +117,7 @@ def onnx(
 
     quiet_libraries()
     from ipa.export.adapters import AdapterFile
-    from ipa.export.build import ExportRequest, export_bundle
+    from ipa.export.build import ExportRequest, export_bundle, scheduler_advice
     from ipa.export.controlnets import ControlNetSource
     from ipa.export.merged import MergedOptions
     from ipa.export.progress import progress
@@ -134,21 +137,25 @@ def onnx(
         force=force,
         slots=ImageSlots(image_slots, has_masks),
         controlnets=tuple(map(ControlNetSource.parse, controlnets)),
-        merged=MergedOptions(merged, merged_scale) if merged else None,
+        merged=MergedOptions(merged, 1.0 if merged_scale is None else merged_scale) if merged else None,
         defaults={name: value for name, value in defaults.items() if value is not None},
         changes=parse_changes(**changes),
     )
-    with progress("export", total=6 + len(adapters) + len(controlnets) + (merged is not None)) as show:
+    with progress("export") as show:
         manifest = export_bundle(request, show)
     size = sum(file.size for file in manifest.files()) / 2**20
     controls = f", ControlNets: {', '.join(manifest.controlnets)}" if manifest.controlnets else ""
     click.echo(f"{output}: {size:.1f} MiB, adapters: {', '.join(manifest.adapters) or 'none'}{controls}")
+    if advice := scheduler_advice(output, manifest):
+        click.echo(f"ipa-export: {advice}", err=True)
+    if request.merged:
+        click.echo(f"{merged}: one step, with adapter {manifest.defaults.adapter} at scale {request.merged.scale:g}")
 
 
 @main.command()
 @click.option("--bundle", required=True, type=_FOLDER, metavar="BUNDLE", help="Bundle to add to.")
 @click.option("--adapter", required=True, metavar="[NAME=]FILE", help="IP-Adapter file.")
-@click.option("--opset", type=click.IntRange(18, 20), default=18, show_default=True)
+@_OPSET
 @click.option("--default", "is_default", is_flag=True, help="Make it the bundle's default adapter.")
 @click.option("--force", is_flag=True, help="Replace an adapter of the same name.")
 def adapter(bundle: Path, adapter: str, opset: int, is_default: bool, force: bool) -> None:
@@ -157,11 +164,11 @@ def adapter(bundle: Path, adapter: str, opset: int, is_default: bool, force: boo
 
     quiet_libraries()
     from ipa.export.adapters import AdapterFile
-    from ipa.export.build import add_adapter
+    from ipa.export.bundle_adapters import add_adapter
     from ipa.export.progress import progress
 
     file = AdapterFile.parse(adapter)
-    with progress("export", total=1) as show:
+    with progress("export") as show:
         manifest = add_adapter(bundle, file, force, is_default, opset, show)
     click.echo(f"{bundle}: adapters: {', '.join(manifest.adapters)} (default: {manifest.defaults.adapter})")
 
@@ -187,8 +194,9 @@ def validate(
 ) -> None:
     """Compare every component, the whole step and a whole run with PyTorch.
 
-    Name the VAE, LoRAs and embeddings again that the bundle was made with; their weights and words, and the layers
-    that were skipped, are in it.
+    Name again what the bundle was made with: --image-encoder, --config, --vae, LoRAs and embeddings (their weights
+    and words, and the layers that were skipped, are in it), and every adapter and ControlNet that is to be compared;
+    the others are recorded as not compared.
 
     The figures of onnxruntime are written into the bundle; those of other engines belong to this machine and are
     printed alone.
@@ -199,12 +207,13 @@ def validate(
     from ipa.export.adapters import AdapterFile
     from ipa.export.controlnets import ControlNetSource
     from ipa.export.progress import progress
-    from ipa.export.validate import REFERENCE_ENGINE, Validator, record
+    from ipa.export.validate import Validator
+    from ipa.export.validation_record import REFERENCE_ENGINE, record
 
     files = tuple(map(AdapterFile.parse, adapters))
     controls = tuple(map(ControlNetSource.parse, controlnets))
     validator = Validator(bundle, base, image_encoder, files, engine, parse_changes(**changes), controls)
-    with progress("validate", total=8 + len(adapters) + len(controls)) as show:
+    with progress("validate") as show:
         checks = list(validator.run(show))
     for check in checks:
         click.echo(check)

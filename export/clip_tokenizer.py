@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ipa.engines.errors import IpaError
+from ipa.export.source import reading
 
 # The bytes that stand for themselves; the others are moved behind the first 256 code points, in order.
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
@@ -25,7 +26,9 @@ def clip_tokenizer(merges_file: Path, max_tokens: int, **special: str) -> Any:
     """
     from transformers import CLIPTokenizer
 
-    lines = [line for line in merges_file.read_text("utf-8").splitlines() if line and not line.startswith("#version")]
+    with reading(str(merges_file)):
+        text = merges_file.read_text("utf-8")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#version")]
     merges = [tuple(line.split(" ")) for line in lines]
     if any(len(merge) != 2 for merge in merges):
         raise IpaError(f"{merges_file} has a line that is no pair; expected CLIP's merges.txt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,12 @@ from ipa.engines.errors import IpaError
 from ipa.engines.spec import SD15, SDXL, ComponentSpec, Dimensions, control_residuals, controlnet_spec
 from ipa.export.attention import attend
 from ipa.export.family import TITLES, family_of_config
+from ipa.export.named_files import named
 from ipa.export.onnx_export import EXAMPLE_SIZES, Graph
 from ipa.export.pipeline import BasePipeline
 from ipa.export.precision import to_half
-from ipa.export.source import Source
+from ipa.export.source import Source, reading
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 # Options that add inputs which the graph does not have.
 _UNSUPPORTED = ("class_embed_type", "encoder_hid_dim_type")
 _OWNERS = {SD15: f"{TITLES[SD15]} or 2.x", SDXL: TITLES[SDXL]}  # of ControlNets that take what the family does
@@ -50,12 +49,7 @@ class ControlNetSource:
         Raises:
             IpaError: the name has other characters than letters, digits, `_` and `-`.
         """
-        name, separator, location = text.partition("=")
-        if not separator or "/" in name:
-            location, name = text, re.sub(r"[^A-Za-z0-9_-]+", "-", text.rstrip("/").rpartition("/")[2]).strip("-")
-        if not _NAME.fullmatch(name):
-            raise IpaError(f"ControlNet name {name!r} may hold only letters, digits, '_' and '-'; use NAME=DIR_OR_ID")
-        return cls(name, location)
+        return cls(*named(text, text.rstrip("/").rpartition("/")[2], "ControlNet"))
 
 
 @dataclass(frozen=True)
@@ -194,7 +188,11 @@ def read_controlnets(given: Sequence[ControlNetSource], base: BasePipeline) -> l
     """
     if len({source.name for source in given}) < len(given):
         raise IpaError("two ControlNets have the same name; name them with --controlnet NAME=DIR_OR_ID")
-    return [ControlNet.read(source, base) for source in given]
+    controlnets = []
+    for source in given:
+        with reading(f"{source.location}/config.json"):
+            controlnets.append(ControlNet.read(source, base))
+    return controlnets
 
 
 def _has_attention(config: Mapping[str, Any]) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ipa.engines.manifest import Manifest
-from ipa.engines.spec import SDXL, Dimensions, ImageSlots, KVLayout, family_specs, residuals_of, unet_spec
+from ipa.engines.spec import SDXL, Dimensions, ImageSlots, family_specs, residuals_of, unet_spec
 from ipa.export.pipeline import BasePipeline
 
 
-def base_dimensions(base: BasePipeline, layout: KVLayout) -> Dimensions:
+def base_dimensions(base: BasePipeline) -> Dimensions:
     """The sizes that a base model and its image encoder fix."""
     image = base.image_config
     two = base.text_configs if base.family == SDXL else {}
@@ -15,10 +15,10 @@ def base_dimensions(base: BasePipeline, layout: KVLayout) -> Dimensions:
     return Dimensions(
         text_tokens=base.text_tokens,
         text_width=base.text_width,
-        kv=layout.size,
+        kv=base.kv_layout.size,
         image_size=image["image_size"],
         image_embed_width=image["projection_dim"],
-        image_patches=(image["image_size"] // image["patch_size"]) ** 2 + 1,
+        image_patches=(image["image_size"] // image["patch_size"]) ** 2 + 1,  # one is the class token
         image_hidden_width=image["hidden_size"],
         latent_channels=base.vae_config.get("latent_channels", 4),
         unet_in_channels=base.unet_config.get("in_channels", 4),

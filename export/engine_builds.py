@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from ipa.engines.shape_profile import ShapeProfile, as_text
 from ipa.engines.spec import ComponentSpec
 from ipa.engines.tensorrt_library import library_version, load_library
 from ipa.export.build_child import BuildTask
+from ipa.export.child_end import wait_for
 from ipa.export.resources import Prediction, check_resources
 
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # that TensorRT-RTX builds for without the GPU
@@ -191,7 +191,9 @@ class EngineBuilds:
         result: dict[str, Any] = {}
         with tempfile.TemporaryFile(dir=folder) as output, os.fdopen(reading) as reports:
             try:
-                child = self._start([sys.executable, "-m", "ipa.export.build_child", os.fspath(file)], writing, output)
+                # -P: what lies in the current folder is not to be imported
+                command = [sys.executable, "-P", "-m", "ipa.export.build_child", os.fspath(file)]
+                child = self._start(command, writing, output)
             finally:
                 os.close(writing)
             try:
@@ -202,7 +204,7 @@ class EngineBuilds:
                     result |= report
                     if "tensors" in report:
                         _check_tensors(component, spec, report["tensors"])
-                code = child.wait()
+                code, ending = wait_for(child)
             finally:
                 child.kill()
                 child.wait()
@@ -211,7 +213,7 @@ class EngineBuilds:
                 output.seek(0)
                 lines = output.read().decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
                 said = " / ".join(lines) or "it printed nothing"
-                raise EngineError(f"{component}: {self._engine} {self._version} {_ending(code)}; {said}")
+                raise EngineError(f"{component}: {self._engine} {self._version} {ending}; {said}")
         return result
 
     def _start(self, command: list[str], writing: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -263,15 +265,6 @@ def _records(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:
             return
-
-
-def _ending(code: int) -> str:
-    """How a process ended, for people."""
-    if code == -signal.SIGKILL:
-        return "was killed while it built, most likely for want of memory"
-    if code < 0:
-        return f"crashed while it built ({signal.strsignal(-code)})"
-    return "could not build it"
 
 
 def _check_tensors(component: str, spec: ComponentSpec, found: Mapping[str, Mapping[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from ipa.engines.spec import SD15, SDXL
 _KINDS = ("Pipeline", "Img2ImgPipeline", "InpaintPipeline")
 _CLASSES = {SD15: "StableDiffusion", SDXL: "StableDiffusionXL"}
 TITLES = {SD15: "Stable Diffusion 1.x", SDXL: "Stable Diffusion XL"}
+_UNET = "UNet2DConditionModel"
 # UNet options that add inputs which the graph does not have.
 _UNSUPPORTED = ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 _TIME_IDS = 6  # original size, crop, target size; a refiner has two sizes, crop and aesthetic score: 5
@@ -54,6 +55,8 @@ def check_unet(
     Raises:
         IpaError: names it.
     """
+    if (name := unet_config.get("_class_name", _UNET)) != _UNET:
+        raise IpaError(f"{source}: the unet is a {name}, which is not supported; expected a {_UNET}")
     used = [option for option in _UNSUPPORTED if unet_config.get(option)]
     kind = unet_config.get("addition_embed_type")
     if kind is not None and (family, kind) != (SDXL, "text_time"):

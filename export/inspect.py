@@ -84,6 +84,8 @@ def _validation(manifest: Manifest) -> Iterator[str]:
     yield f"validation: {len(checks) - len(failed) - len(open_ones)} of {len(checks)} checks passed"
     yield from (f"    failed: {name}" for name in failed)
     yield from (f"    not judged: {name}" for name in open_ones)
+    known = {check["name"] for check in checks}
+    yield from (f"    added since, not judged: {name}" for name in manifest.graphs() if name not in known)
 
 
 def _size(files: tuple[FileRecord, ...]) -> int:

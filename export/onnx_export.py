@@ -24,7 +24,6 @@ from ipa.engines.spec import ComponentSpec, TensorSpec, axis_size
 from ipa.export.attention_function import define_attention, expanded
 
 MODEL_FILE = "model.onnx"
-OPSETS = range(18, 21)
 _EXTERNAL_FROM = 1024  # bytes; smaller tensors, shapes among them, stay in the graph
 _INLINE_LIMIT = 2**20  # bytes of weights up to which a graph is one file
 
@@ -64,7 +63,7 @@ def export_graph(graph: Graph, path: Path, opset: int, standard: bool = False) -
         graph: module and spec.
         path: of the graph; its folder is made when missing.
         standard: use operators of the ONNX standard alone, see `ipa.export.attention_function`.
-        opset: one of `OPSETS`. From 23 on attention is one node, which TensorRT-RTX 1.7 crashes on.
+        opset: 18 to 20. From 23 on attention is one node, which TensorRT-RTX 1.7 crashes on.
     Returns:
         The files written, the graph first.
     Raises:

@@ -1,4 +1,7 @@
-"""The PyTorch side of validation: the base model and the adapter as diffusers computes them, nothing of our own."""
+"""The PyTorch side of validation: base model, adapter and ControlNet as diffusers computes them.
+
+Nothing of it is the exporter's, but for what is changed in the base model before: its UNet comes with LoRAs added.
+"""
 
 from __future__ import annotations
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ipa.engines.bundle import hash_file
 from ipa.engines.errors import IpaError
-from ipa.engines.manifest import Defaults, ImageProcessorRecord, SourceRecord, VaeRecord
+from ipa.engines.manifest import Defaults, SourceRecord, VaeRecord
 from ipa.engines.spec import SDXL
 from ipa.export.changes import BaseChanges
 from ipa.export.clip_tokenizer import clip_tokenizer
 from ipa.export.family import check_unet, family_of
+from ipa.export.hoist import config_kv_layout
+from ipa.export.image_encoder import load_image_encoder, read_image_config
 from ipa.export.image_preprocessing import image_processor
 from ipa.export.lora import read_lora
 from ipa.export.single_file import CLIP_MERGES, CONFIGS, Checkpoint, is_checkpoint
-from ipa.export.source import Part, Source
+from ipa.export.source import Source, reading
 from ipa.export.textual_inversion import add_embeddings, add_tokens, read_textual_inversion
 from ipa.export.vae_source import VaeSource, check_vae
 
@@ -38,7 +40,7 @@ class BasePipeline:
         Raises:
             IpaError: not such a pipeline, without an image encoder, or a change does not fit it.
         """
-        from transformers import CLIPTextConfig, CLIPVisionConfig  # they know the defaults that files leave out
+        from transformers import CLIPTextConfig  # it knows the defaults that files leave out
 
         changes = changes or BaseChanges()
         self._checkpoint = Checkpoint(Path(base)) if is_checkpoint(base) else None
@@ -72,16 +74,22 @@ class BasePipeline:
         self._vae = VaeSource(changes.vae, self._file("vae")) if changes.vae else None
         self.vae_config = self._config("vae") if self._vae is None else self._vae.config
         check_vae(self.source, self.vae_config)
+        with reading(f"{self.source}/vae/config.json" if self._vae is None else f"{changes.vae}: its config.json"):
+            self.vae_record = _vae_record(self.vae_config)
         parts = ("text_encoder", "text_encoder_2") if self.family == SDXL else ("text_encoder",)
-        self.text_configs = {part: CLIPTextConfig.from_dict(self._config(part)).to_dict() for part in parts}
+        self.text_configs: dict[str, dict[str, Any]] = {}
+        for part in parts:
+            with reading(f"{self.source}/{part}/config.json"):
+                self.text_configs[part] = CLIPTextConfig.from_dict(self._config(part)).to_dict()
         self.text_config = self.text_configs["text_encoder"]
         self.scheduler_config = self._config("scheduler", "scheduler_config.json")
-        prefix = f"{self._image_part}/" if self._image_part else ""
-        config = self.image_source.json(f"{prefix}config.json")
-        if config is None:
-            raise IpaError(f"image encoder {self.image_source} has no config.json")
-        self.image_config = CLIPVisionConfig.from_dict(config).to_dict()
-        self._check_unet()
+        self.image_config = read_image_config(self.image_source, self._image_part)
+        size = self.image_config["image_size"]
+        self.image_processor = image_processor(self.image_source, self._image_part, self.source, size)
+        with reading(f"{self.source}/unet/config.json"):
+            self._check_unet()
+            self.kv_layout = config_kv_layout(self.unet_config)
+            self.defaults = self._defaults()
         if self._checkpoint is not None:
             needed = (*parts, *(() if self._vae else ("vae",)))
             self._checkpoint.check(self.family, needed, self.source, self.scheduler_config)
@@ -192,9 +200,7 @@ class BasePipeline:
 
     def load_image_encoder(self) -> Any:
         """The `CLIPVisionModelWithProjection`."""
-        from transformers import CLIPVisionModelWithProjection
-
-        return _frozen(self.image_source.load(CLIPVisionModelWithProjection.from_pretrained, self._image_part))
+        return _frozen(load_image_encoder(self.image_source, self._image_part, self.image_config))
 
     def load_tokenizer(self, part: str = "tokenizer") -> Any:
         """The `tokenizers.Tokenizer`, new words added; its padding section holds length and token to pad with.
@@ -214,7 +220,7 @@ class BasePipeline:
 
         # transformers makes an empty tokenizer of a folder that has no vocabulary
         if any(self.source.file(f"{part}/{name}") for name in ("tokenizer.json", "vocab.json")):
-            tokenizer = self.source.load(_without_dtype(CLIPTokenizer.from_pretrained), part)
+            tokenizer = self.source.load_tokenizer(CLIPTokenizer.from_pretrained, part)
         elif merges := self.source.file(f"{part}/merges.txt") or self._shipped_merges():
             padding = (self.source.json(f"{part}/tokenizer_config.json") or {}).get("pad_token")
             tokenizer = clip_tokenizer(merges, self.text_tokens, **({"pad_token": padding} if padding else {}))
@@ -260,26 +266,18 @@ class BasePipeline:
         """Tokens of a prompt: 77."""
         return int(self.text_config["max_position_embeddings"])
 
-    @property
-    def vae_record(self) -> VaeRecord:
-        """Scaling factor, and pixels per latent."""
-        blocks = self.vae_config.get("block_out_channels", (0,))
-        return VaeRecord(float(self.vae_config.get("scaling_factor", 0.18215)), 2 ** (len(blocks) - 1))
-
-    @property
-    def image_processor(self) -> ImageProcessorRecord:
-        """CLIP preprocessing: the image encoder's own file, else the pipeline's, else CLIP's values."""
-        own = self.image_source.json(f"{self._image_part}/preprocessor_config.json".lstrip("/"))
-        others = self.source.json("feature_extractor/preprocessor_config.json")
-        return image_processor(self.source, int(self.image_config["image_size"]), own, others)
-
-    @property
-    def defaults(self) -> Defaults:
+    def _defaults(self) -> Defaults:
         """The size the UNet was trained at; the guidance scale is that of diffusers' pipeline for the family."""
         sample_size, downscale = self.unet_config.get("sample_size") or 64, self.vae_record.downscale
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         defaults = Defaults(height=height * downscale, width=width * downscale)
         return replace(defaults, guidance_scale=_SDXL_GUIDANCE_SCALE) if self.family == SDXL else defaults
+
+
+def _vae_record(config: Mapping[str, Any]) -> VaeRecord:
+    """Scaling factor, and pixels per latent."""
+    blocks = config.get("block_out_channels", (0,))
+    return VaeRecord(float(config.get("scaling_factor", 0.18215)), 2 ** (len(blocks) - 1))
 
 
 def _text_class(part: str) -> Any:
@@ -290,12 +288,3 @@ def _text_class(part: str) -> Any:
 
 def _frozen(model: Any) -> Any:
     return model.eval().requires_grad_(False)
-
-
-def _without_dtype(load: Callable[..., Part]) -> Callable[..., Part]:
-    """A tokenizer's `from_pretrained`, which takes no dtype."""
-
-    def load_tokenizer(location: str, subfolder: str, local_files_only: bool, **_: Any) -> Part:
-        return load(location, subfolder=subfolder, local_files_only=local_files_only)
-
-    return load_tokenizer

@@ -11,26 +11,27 @@ from tqdm import tqdm
 
 
 class Progress(Protocol):
-    """Told of each part before the work on it starts."""
+    """Told of each part before the work on it starts, and how many there are in all."""
 
-    def __call__(self, part: str) -> None: ...
+    def __call__(self, part: str, total: int) -> None: ...
 
 
 @contextmanager
-def progress(verb: str, total: int) -> Iterator[Progress]:
-    """Show progress over `total` parts.
+def progress(verb: str) -> Iterator[Progress]:
+    """Show progress over parts.
 
     Args:
         verb: what is done, such as `export`.
     """
     if not sys.stderr.isatty():
-        yield lambda part: print(f"{verb} {part}", file=sys.stderr, flush=True)
+        yield lambda part, total: print(f"{verb} {part}", file=sys.stderr, flush=True)
         return
-    with tqdm(total=total, unit="part", leave=False) as bar:
+    with tqdm(unit="part", leave=False) as bar:
         is_first = True
 
-        def show(part: str) -> None:
+        def show(part: str, total: int) -> None:
             nonlocal is_first
+            bar.total = total
             bar.set_description(f"{verb} {part}")
             if not is_first:
                 bar.update()
@@ -39,5 +40,5 @@ def progress(verb: str, total: int) -> Iterator[Progress]:
         yield show
 
 
-def silent(part: str) -> None:
+def silent(part: str, total: int) -> None:
     """Progress that nobody watches."""

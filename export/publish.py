@@ -1,7 +1,8 @@
 """Writing bundles so that a reader sees the old one whole or the new one whole, whatever happens.
 
 A bundle is made in a hidden folder beside its target, synced, and renamed. An existing bundle is exchanged in one
-system call where the system has one (Linux `renameat2`), so that even kill -9 finds one of the two in place.
+system call where the system has one (Linux `renameat2`), so that even kill -9 finds one of the two in place. Elsewhere
+the old one is set aside for a moment; the next export to the same place puts it back where it is needed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ipa.engines.locks import locked, remove_unless_locked
 from ipa.engines.manifest import FILE_NAME, Manifest
 from ipa.trainer.files import atomic_path, sync_file, sync_folder
 
+_ASIDE = "old"  # where a bundle waits while another takes its place, in a hidden folder
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -35,11 +37,12 @@ def staged_bundle(target: Path, force: bool) -> Iterator[Path]:
         BundleError: something is there already, or the disk is full or failed.
     """
     target = target.resolve()
-    check_target(target, force)
     with ExitStack() as stack:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with locked(target.parent):  # so that nobody takes the new folder, not locked yet, for an abandoned one
+                _restore(target)
+                check_target(target, force)
                 for abandoned in target.parent.glob(f"{_prefix(target)}*"):
                     remove_unless_locked(abandoned)
                 staging = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
@@ -103,11 +106,24 @@ def _put_in_place(staging: Path, target: Path, force: bool) -> None:
     if not target.exists() or not any(target.iterdir()):
         staging.rename(target)  # fails on a folder that has been filled since
     elif not _exchange(staging, target):
-        aside = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent)) / "old"
-        target.rename(aside)
-        staging.rename(target)
-        shutil.rmtree(aside.parent)
+        with locked(target.parent):  # from those who restore or remove what is set aside
+            aside = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent)) / _ASIDE
+            target.rename(aside)
+            try:
+                staging.rename(target)
+            except BaseException:
+                aside.rename(target)
+                aside.parent.rmdir()
+                raise
+            shutil.rmtree(aside.parent)
     sync_folder(target.parent)
+
+
+def _restore(target: Path) -> None:
+    """Put back the bundle that a killed process set aside, if it did not come to put the new one in place."""
+    for aside in target.parent.glob(f"{_prefix(target)}*/{_ASIDE}"):
+        if not target.exists() and (aside / FILE_NAME).is_file():
+            aside.rename(target)
 
 
 def _exchange(first: Path, second: Path) -> bool:

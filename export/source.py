@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+import torch
 
 from ipa.engines.errors import IpaError, first_line
-
-Part = TypeVar("Part")
+from ipa.trainer.pickles import REFUSED
 
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+(/[\w.\-]+)*")
 
@@ -68,23 +71,67 @@ class Source:
             raise IpaError(f"{file} is not a JSON object; fetch the model again")
         return data
 
-    def load(self, load: Callable[..., Part], part: str) -> Part:
-        """Call a `from_pretrained` for one part, in FP32 on the CPU.
+    def load(self, load: Callable[..., Any], part: str, **options: Any) -> Any:
+        """Call a model's `from_pretrained` for one part, in FP32 on the CPU.
+
+        Args:
+            load: of a class of diffusers or transformers.
+            part: sub-folder.
+            **options: more that it is to be called with.
+        Raises:
+            IpaError: it failed, for whatever reason, or some weights are missing; the message names the part.
+        """
+        model, info = self._call(load, part, torch_dtype=torch.float32, output_loading_info=True, **options)
+        buffers = {name for name, _ in model.named_buffers()}  # positions, which files hold or not
+        if missing := sorted(set(info["missing_keys"]) - buffers):
+            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise IpaError(
+                f"cannot load {part or 'the model'} of {self}: its weights miss {missing[0]}{others}; they are "
+                f"incomplete, or not of a model of class {type(model).__name__}"
+            )
+        return model
+
+    def load_tokenizer(self, load: Callable[..., Any], part: str) -> Any:
+        """Call a tokenizer's `from_pretrained`.
 
         Raises:
-            IpaError: it failed, for whatever reason; the message names the part.
+            IpaError: it failed.
         """
-        import torch
+        return self._call(load, part)
 
+    def _call(self, load: Callable[..., Any], part: str, **options: Any) -> Any:
         subfolder = "/".join(filter(None, (self.subfolder, part)))
         is_local = Path(self.location).is_dir()
         try:
-            model = load(self.location, subfolder=subfolder, torch_dtype=torch.float32, local_files_only=is_local)
+            return load(self.location, subfolder=subfolder, local_files_only=is_local, **options)
         except Exception as error:
-            raise IpaError(
-                f"cannot load {part or 'the model'} of {self}: {first_line(error) or type(error).__name__}"
-            ) from error
-        return model
+            # What the library says of a pickle that it refuses is how to run its code.
+            is_refused = any(isinstance(cause, pickle.UnpicklingError) for cause in _causes(error))
+            reason = REFUSED if is_refused else first_line(error) or type(error).__name__
+            raise IpaError(f"cannot load {part or 'the model'} of {self}: {reason}") from error
 
     def __str__(self) -> str:
         return "/".join(filter(None, (self.location, self.subfolder)))
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turn whatever a malformed configuration makes fail into one message that names the file.
+
+    Raises:
+        IpaError: in place of any other exception.
+    """
+    try:
+        yield
+    except IpaError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise IpaError(f"{where} is no configuration that can be used ({reason}); fetch the model again") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it was raised for."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -74,7 +74,7 @@ def read_textual_inversion(file: TextualInversionFile, text_widths: Mapping[str,
 def _rows(vectors: Tensor, what: str, width: int) -> Tensor:
     """(number of tokens, width), float32."""
     vectors = vectors[None] if vectors.ndim == 1 else vectors
-    if vectors.ndim != 2 or not vectors.is_floating_point() or not torch.isfinite(vectors).all():
+    if vectors.ndim != 2 or not vectors.is_floating_point() or not torch.isfinite(vectors.float()).all():
         raise IpaError(f"{what} holds no rows of finite numbers, but {vectors.dtype} {tuple(vectors.shape)}")
     if vectors.shape[1] != width:
         raise IpaError(

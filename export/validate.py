@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,28 +11,25 @@ from torch import nn
 
 from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.engine import Array, Engine
-from ipa.engines.errors import EngineError, IpaError
-from ipa.engines.manifest import Manifest
-from ipa.engines.registry import backend_named, open_engine
+from ipa.engines.errors import EngineError
+from ipa.engines.registry import open_engine
 from ipa.engines.spec import ComponentSpec, ImageSlots, axis_size, residuals_of
 from ipa.engines.tensorrt_library import MODULES
 from ipa.export.adapters import AdapterFile, AdapterWeights, read_adapter
 from ipa.export.cases import SIZES, Size, cases, free_axes, step_inputs
 from ipa.export.chain import Chain
 from ipa.export.changes import BaseChanges, check_source, repeated
-from ipa.export.checks import TOLERANCES, Check, agreement, change, failure, median, picture, worst
+from ipa.export.checks import TOLERANCES, Check, agreement, change, failure, median, not_compared, picture, worst
 from ipa.export.controlnets import ControlNet, ControlNetSource, read_controlnets
 from ipa.export.dimensions import manifest_dimensions
 from ipa.export.graphs import component_modules
 from ipa.export.oracle import DiffusersControlNet, DiffusersStep
 from ipa.export.pipeline import BasePipeline
 from ipa.export.progress import Progress, silent
-from ipa.export.publish import locked_bundle, update_manifest
 from ipa.export.single_file import is_checkpoint
-from ipa.export.versions import created_by
-from ipa.export.whole_run import LARGEST, WholeRuns
+from ipa.export.validation_record import REFERENCE_ENGINE
+from ipa.export.whole_run import LARGEST, WholeRuns, reference_scheduler
 
-REFERENCE_ENGINE = "onnxruntime"  # whose figures are kept in the bundle
 _SCALES = (1.0, 0.6, 1.3)
 
 
@@ -65,6 +61,7 @@ class Validator:
         check_source(manifest, "checkpoint", "--base", base if is_checkpoint(base) else None)
         check_source(manifest, "vae", "--vae", given.vae)
         self.base = BasePipeline(base, image_encoder, repeated(manifest, given))
+        reference_scheduler(self.base)  # refused before the minutes of work, if at all
         dimensions = manifest_dimensions(manifest)
         self._adapters = {
             _bundle_name(self.bundle, file): read_adapter(file.path, manifest.kv_layout, dimensions)
@@ -89,24 +86,32 @@ class Validator:
         return fitting or [(2, 4, height, width)], side
 
     def run(self, progress: Progress = silent) -> Iterator[Check]:
-        """All checks: every component, then the whole step."""
+        """All checks: every component, the whole step, whole runs; then what was not named and so is not compared."""
         graphs = self.bundle.manifest.graphs()
+        given = {f"ip_adapter/{name}" for name in self._adapters}
+        given |= {f"controlnet/{control.name}" for control in self._controlnets}
+        skipped = graphs.keys() - self.bundle.manifest.components.keys() - given
+        total = len(graphs) - len(skipped) + len(("step", "run"))
         for name, module in self._modules():
-            progress(name)
+            progress(name, total)
             with self.bundle.open_component(name, self.engine) as engine:
                 yield self._component(name, engine, module)
             if self.engine in graphs[name].variants:  # the graph that all others run
                 with open_engine(self.engine, self.bundle.graph(name)) as engine:
                     yield self._component(f"{name}, model.onnx", engine, module)
         for name, weights in self._adapters.items():
-            progress(f"ip_adapter/{name}")
+            progress(f"ip_adapter/{name}", total)
             with self.bundle.open_component(f"ip_adapter/{name}", self.engine) as engine:
                 yield self._component(f"ip_adapter/{name}", engine, weights.module())
-        progress("step")
+        progress("step", total)
         with Chain(self.bundle, self.engine) as chain:
             yield from self._steps(chain)
-            progress("run")
+            progress("run", total)
             yield from self._runs(chain)
+        for name in graphs:
+            if name in skipped:
+                option, _, part = name.removeprefix("ip_").partition("/")
+                yield not_compared(name, f"name it with --{option} {part}=...")
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
         """What the graphs are compared with, one part loaded at a time."""
@@ -243,42 +248,13 @@ def _shapes(spec: ComponentSpec, size: Size) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tuple(axis_size(axis, axes) for axis in tensor.axes) for tensor in spec.inputs}
 
 
-def record(root: Path, checks: Sequence[Check], source: Manifest) -> None:
-    """Write the figures into the bundle's manifest.
-
-    Args:
-        source: the manifest that was validated.
-    Raises:
-        IpaError: the bundle has changed since.
-    """
-    figures = {
-        "passed": all(check.passed for check in checks),
-        "engine": f"{REFERENCE_ENGINE} {backend_named(REFERENCE_ENGINE).version}",
-        "versions": created_by(),
-        "checks": [_finite(asdict(check)) for check in checks],
-    }
-
-    def add(manifest: Manifest) -> Manifest:
-        if manifest.files() != source.files():
-            raise IpaError(f"{root} has changed while it was validated; run `ipa-export validate` again")
-        return replace(manifest, validation=figures)
-
-    with locked_bundle(root):
-        update_manifest(root, add)
-
-
-def _finite(check: dict[str, object]) -> dict[str, object]:
-    """Infinity is not JSON."""
-    return {key: None if value == float("inf") else value for key, value in check.items()}
-
-
 def _tensor(array: Array) -> torch.Tensor:
     """The reference computes in float32 on the very values that the engine gets."""
     return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float16 else array)
 
 
 def _bundle_name(bundle: Bundle, file: AdapterFile) -> str:
-    """Which of the bundle's adapters a file is: by content, else by name.
+    """Which of the bundle's adapters a file is: by name, else by content.
 
     Raises:
         IpaError: none of them.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ipa.engines.errors import IpaError
+from ipa.trainer.errors import TrainError
+from ipa.trainer.pickles import load_pickle
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PICKLES)
@@ -44,14 +44,9 @@ def read_weights(path: Path, what: str) -> Any:
         except (SafetensorError, OSError) as error:
             raise damaged(path, what) from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        raise IpaError(
-            f"{what} {path}: refused, it is a pickle that holds more than tensors and would run code when loaded; "
-            "get or convert it as .safetensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise damaged(path, what) from error
+        return load_pickle(path)
+    except TrainError as error:
+        raise IpaError(f"{what} {error}") from error
 
 
 def named_tensors(weights: Any, path: Path, what: str) -> dict[str, Tensor]:
@@ -72,9 +67,3 @@ def named_tensors(weights: Any, path: Path, what: str) -> dict[str, Tensor]:
 def damaged(path: Path, what: str) -> IpaError:
     """The error for a file that cannot be read."""
     return IpaError(f"{what} {path}: not readable; it is damaged, or not what its suffix says")
-
-
-def _is_zip(path: Path) -> bool:
-    """Whether a pickle can be mapped into memory: those of torch before 1.6 cannot."""
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"

@@ -18,6 +18,7 @@ from ipa.engines.spec import SDXL
 from ipa.export.adapters import AdapterWeights
 from ipa.export.oracle import DiffusersStep
 from ipa.export.pipeline import BasePipeline
+from ipa.export.source import reading
 
 STEPS = 20
 RUNS = 3  # from different noise: now and then a single one stands where the least rounding decides between two pictures
@@ -118,7 +119,7 @@ class WholeRuns:
 
     def _denoise(self, step: StepFunction, noise: Array, dtype: str) -> Array:
         """The final latents of all noise, ready for the decoder."""
-        scheduler = DDIMScheduler.from_config(self._base.scheduler_config)
+        scheduler = reference_scheduler(self._base)
         scheduler.set_timesteps(STEPS)
         latents = torch.from_numpy(noise)
         channels, *conditions = (
@@ -136,6 +137,16 @@ class WholeRuns:
             latents = scheduler.step(torch.from_numpy(noise_pred), timestep, latents).prev_sample
         result: Array = latents.numpy() / self._scaling_factor
         return result
+
+
+def reference_scheduler(base: BasePipeline) -> DDIMScheduler:
+    """diffusers' DDIM, as the base model's scheduler is configured.
+
+    Raises:
+        IpaError: it does not know an option's value.
+    """
+    with reading(f"{base.source}/scheduler/scheduler_config.json"):
+        return DDIMScheduler.from_config(base.scheduler_config)
 
 
 def _to_unit(image: Array) -> Array:

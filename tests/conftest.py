@@ -156,7 +156,7 @@ def tiny_control_bundle(
 
 def _with_kinds(bundle: Path, folder: Path, files: dict[str, Path]) -> None:
     from ipa.export.adapters import AdapterFile
-    from ipa.export.build import add_adapter
+    from ipa.export.bundle_adapters import add_adapter
 
     shutil.copytree(bundle, folder)
     for kind in ("plus", "full-face"):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from tiny import tiny_adapter
 
 from ipa.engines.bundle import Bundle
 from ipa.engines.errors import IpaError
+from ipa.engines.manifest import FILE_NAME, Manifest
 from ipa.export.adapters import AdapterFile
 from ipa.export.cli import main
+from ipa.export.controlnets import ControlNetSource
 
 
 @pytest.fixture
@@ -30,6 +33,11 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 def add(bundle: Path, *arguments: str) -> Result:
     return CliRunner().invoke(main, ["adapter", "--bundle", str(bundle), *arguments])
+
+
+def edit(bundle: Path, change: Callable[[Manifest], Manifest]) -> None:
+    file = bundle / FILE_NAME
+    file.write_text(change(Manifest.from_json(file.read_text())).to_json())
 
 
 def unet_config(base: Path) -> dict[str, Any]:
@@ -53,15 +61,44 @@ def test_adds_an_adapter_and_leaves_the_rest(bundle: Path, tiny_base: Path, tmp_
 
 def test_replaces_an_adapter_only_with_force(bundle: Path, tiny_base: Path, tmp_path: Path) -> None:
     file = tiny_adapter(unet_config(tiny_base), tmp_path / "x.safetensors", seed=3)
-    old = Bundle.open(bundle).manifest.adapters["tiny"]
+    edit(bundle, lambda manifest: replace(manifest, validation={"passed": True, "checks": []}))
+    before = Bundle.open(bundle).manifest
+    old = before.adapters["tiny"]
     result = add(bundle, "--adapter", f"tiny={file}")
     assert (result.exit_code, "--force" in result.output) == (2, True)
-    assert Bundle.open(bundle).manifest.adapters["tiny"] == old
+    assert Bundle.open(bundle).manifest == before
     for _ in range(2):
         assert add(bundle, "--adapter", f"tiny={file}", "--force", "--default").exit_code == 0
-        new = Bundle.open(bundle).manifest.adapters["tiny"]
-        assert new.component.files[0].sha256 != old.component.files[0].sha256
+        manifest = Bundle.open(bundle).manifest
+        assert manifest.adapters["tiny"].component.files[0].sha256 != old.component.files[0].sha256
         assert len(list((bundle / "ip_adapter").iterdir())) == 1, "the replaced graph is removed"
+        assert manifest.validation == {}, "the figures were another adapter's"
+
+
+def test_removes_only_what_commands_left_behind(bundle: Path, tiny_adapter_file: Path) -> None:
+    adapters = bundle / "ip_adapter"
+    for path in ("killed/model.onnx", ".partial-x/killed/model.onnx", "notes/thesis.tex", "second/read.me"):
+        (adapters / path).parent.mkdir(parents=True)
+        (adapters / path).write_text("x")
+    (adapters / "deep").mkdir()
+    (adapters / "tiny").rename(adapters / "deep" / "x")
+    text = (bundle / FILE_NAME).read_text().replace("ip_adapter/tiny/", "ip_adapter/deep/x/")
+    (bundle / FILE_NAME).write_text(text)
+    assert add(bundle, "--adapter", f"second={tiny_adapter_file}").exit_code == 0
+    held = {path.relative_to(adapters).as_posix() for path in adapters.rglob("*") if path.is_file()}
+    assert held == {"notes/thesis.tex", "second/read.me", "deep/x/model.onnx", "second.2/model.onnx"}
+    assert list(Bundle.open(bundle).manifest.adapters) == ["tiny", "second"]
+
+
+def test_never_writes_behind_a_link(bundle: Path, tiny_adapter_file: Path, tmp_path: Path) -> None:
+    edit(bundle, lambda manifest: replace(manifest, adapters={}, defaults=replace(manifest.defaults, adapter="")))
+    elsewhere = (bundle / "ip_adapter").rename(tmp_path / "elsewhere")
+    (elsewhere / "thesis").mkdir()
+    (bundle / "ip_adapter").symlink_to(elsewhere)
+    result = add(bundle, "--adapter", f"x={tiny_adapter_file}")
+    assert (result.exit_code, "is a link to" in result.stderr) == (2, True), result.output
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["thesis", "tiny"]
+    assert Bundle.open(bundle).manifest.adapters == {}
 
 
 def test_failed_replacement_leaves_the_old_adapter(
@@ -73,7 +110,7 @@ def test_failed_replacement_leaves_the_old_adapter(
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ipa.export.build.update_manifest", fail)
+    monkeypatch.setattr("ipa.export.bundle_adapters.update_manifest", fail)
     assert add(bundle, "--adapter", f"tiny={file}", "--force").exit_code == 1
     assert Bundle.open(bundle).manifest == old
     monkeypatch.undo()
@@ -191,11 +228,16 @@ def test_accepts_mixed_dtypes(bundle: Path, tiny_adapter_file: Path, tmp_path: P
     assert model.opset_import[0].version == 20
 
 
-def test_names() -> None:
+def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert AdapterFile.parse("cat=a/b=c.bin") == AdapterFile("cat", Path("a/b=c.bin"))
     assert AdapterFile.parse("a/ip-adapter_sd15.v2.bin") == AdapterFile(
         "ip-adapter_sd15-v2", Path("a/ip-adapter_sd15.v2.bin")
     )
+    monkeypatch.chdir(tmp_path)
+    Path("w=1.safetensors").touch()
+    assert AdapterFile.parse("w=1.safetensors") == AdapterFile("w-1", Path("w=1.safetensors"))
+    assert ControlNetSource.parse("x=w=1.safetensors") == ControlNetSource("x", "w=1.safetensors")
+    assert ControlNetSource.parse("w=1.safetensors") == ControlNetSource("w-1-safetensors", "w=1.safetensors")
     for bad in ("=x.bin", "a b=x.bin", "..=x.bin"):
         with pytest.raises(IpaError, match="adapter name"):
             AdapterFile.parse(bad)

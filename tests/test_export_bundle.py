@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,10 @@ from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.spec import COMPONENTS, SPECS, TensorSpec, adapter_spec
 from ipa.export.adapters import adapter_graph, read_adapter
 from ipa.export.attention import DOMAIN
+from ipa.export.build import scheduler_advice
 from ipa.export.cli import main
 from ipa.export.dimensions import manifest_dimensions
+from ipa.export.merged import MergedOptions, staged_merged
 from ipa.export.onnx_export import export_graph
 
 ONNX_DTYPES = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.INT64: "int64"}
@@ -127,51 +128,15 @@ def test_inspect_refuses_a_changed_byte(tiny_bundle: Path, tmp_path: Path) -> No
     assert "model.onnx.data is damaged" in result.stderr
 
 
-def cut(path: str, size: int) -> Callable[[Path], None]:
-    def change(base: Path) -> None:
-        (base / path).write_bytes((base / path).read_bytes()[:size])
-
-    return change
-
-
-def edit_config(path: str, **fields: object) -> Callable[[Path], None]:
-    def change(base: Path) -> None:
-        config = json.loads((base / path).read_text())
-        (base / path).write_text(json.dumps({**config, **fields}))
-
-    return change
-
-
-BAD_BASES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no model_index.json": (lambda base: (base / "model_index.json").unlink(), "no model_index.json"),
-    "another family": (
-        edit_config("model_index.json", _class_name="StableDiffusion3Pipeline"),
-        "StableDiffusion3Pipeline, which is not supported",
-    ),
-    "half an xl": (
-        edit_config("model_index.json", _class_name="StableDiffusionXLPipeline"),
-        "no text_encoder_2/config.json",
-    ),
-    "no image encoder": (lambda base: shutil.rmtree(base / "image_encoder"), "--image-encoder"),
-    "no unet": (lambda base: shutil.rmtree(base / "unet"), "no unet/config.json"),
-    "no tokenizer": (lambda base: shutil.rmtree(base / "tokenizer"), "tokenizer"),
-    "truncated weights": (cut("text_encoder/model.safetensors", 1000), "cannot load text_encoder"),
-    "broken json": (cut("unet/config.json", 100), "not readable JSON"),
-    "time condition": (edit_config("unet/config.json", time_cond_proj_dim=256), "time_cond_proj_dim"),
-    "another model": (edit_config("unet/config.json", in_channels=5), "takes 5 channels, expected 4"),
-    "text width": (edit_config("unet/config.json", cross_attention_dim=64), "wants text of width 64"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_BASES)
-def test_refuses_a_base_model(case: str, tiny_base: Path, tmp_path: Path) -> None:
-    change, message = BAD_BASES[case]
-    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    change(base)
-    result = CliRunner().invoke(main, ["onnx", "--base", str(base), "--output", str(tmp_path / "out")])
-    assert result.exit_code == 2, result.output
-    assert message in result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"], "nothing is left behind"
+def test_a_scheduler_that_the_runtime_lacks_is_said(tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest = Bundle.open(tiny_bundle, verify=False).manifest
+    assert scheduler_advice(tiny_bundle, manifest) is None
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / manifest.scheduler.path).write_text('{"_class_name": "HeunDiscreteScheduler"}')
+    advice = scheduler_advice(tmp_path, manifest)
+    assert advice is not None
+    assert "HeunDiscreteScheduler, which ipa-run does not have" in advice
+    assert "--scheduler, one of ddim, pndm" in advice
 
 
 @pytest.mark.parametrize(
@@ -183,6 +148,7 @@ def test_refuses_a_base_model(case: str, tiny_base: Path, tmp_path: Path) -> Non
         (["--adapter", "no.bin"], "no such adapter file"),
         (["--merged", "step.onnx"], "--adapter"),
         (["--merged-scale", "nan"], "finite"),
+        (["--merged-scale", "0.3"], "goes with --merged"),
     ],
 )
 def test_refuses_options(arguments: list[str], message: str, tiny_base: Path, tmp_path: Path) -> None:
@@ -199,6 +165,38 @@ def test_never_writes_over_what_it_reads(tiny_bundle: Path, tmp_path: Path) -> N
     assert result.exit_code == 2
     assert "would replace" in result.stderr
     assert (base / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("merged", "force", "message"),
+    [
+        ("adapter.safetensors", True, "which is read"),
+        ("keep.onnx", False, "allow it with --force"),
+        ("step.onnx", False, "step.onnx.meta.json; allow it with --force"),
+        ("out/step.onnx", True, "lie in each other"),
+    ],
+)
+def test_never_merges_over_other_files(
+    merged: str, force: bool, message: str, tiny_base: Path, tiny_adapter_file: Path, tmp_path: Path
+) -> None:
+    shutil.copy(tiny_adapter_file, tmp_path / "adapter.safetensors")
+    for name in ("keep.onnx", "step.onnx.meta.json"):
+        (tmp_path / name).write_text(name)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    arguments = ["--base", tiny_base, "--adapter", tmp_path / "adapter.safetensors", "--output", tmp_path / "out"]
+    arguments += ["--merged", tmp_path / merged, *(["--force"] if force else [])]
+    result = CliRunner().invoke(main, ["onnx", *map(str, arguments)])
+    assert (result.exit_code, message in result.stderr) == (2, True), result.output
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_failed_export_keeps_the_old_merged_files(tmp_path: Path) -> None:
+    (tmp_path / "step.onnx").write_text("old")
+    with pytest.raises(KeyboardInterrupt), staged_merged(MergedOptions(tmp_path / "step.onnx")) as folder:
+        (folder / "step.onnx").write_text("new")
+        raise KeyboardInterrupt
+    assert (tmp_path / "step.onnx").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["step.onnx"]
 
 
 def test_vae_halves_equal_diffusers(tiny_bundle: Path, tiny_base: Path) -> None:

@@ -236,6 +236,11 @@ def test_what_is_no_controlnet_is_refused(
     assert re.search(message, refusal(tiny_base, tmp_path, *given))
 
 
+def test_a_malformed_configuration_is_one_message(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "ControlNetModel", "block_out_channels": null}')
+    assert "config.json is no configuration" in refusal(tiny_base, tmp_path, "--controlnet", f"x={tmp_path}")
+
+
 def test_a_merged_graph_has_no_room(
     tiny_base: Path, tiny_adapter_file: Path, tiny_controlnets: dict[str, Path], tmp_path: Path
 ) -> None:

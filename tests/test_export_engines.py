@@ -255,14 +255,17 @@ def test_two_builds_at_once(built: tuple[Path, Path], tmp_path: Path) -> None:
     assert "0 built, 7 kept" in build(bundle, cache, "--compute-capability", "8.6,8.9").stdout
 
 
-def test_when_one_build_fails_the_others_end(built: tuple[Path, Path], tmp_path: Path) -> None:
-    source, _ = built
-    bundle = Path(shutil.copytree(source, tmp_path / "bundle"))
+def test_when_one_build_fails_the_others_end(
+    tiny_half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Path(shutil.copytree(tiny_half_bundle, tmp_path / "bundle"))
+    (tmp_path / "onnx.py").write_text("raise SystemExit('code of the current folder ran')")
+    monkeypatch.chdir(tmp_path)
     change_graph(bundle, "image_encoder", use_unknown_operator)
     opened, cache = Bundle.open(bundle, verify=False), PlanCache(tmp_path / "cache")
     builds = EngineBuilds(opened, cache, "tensorrt-rtx", ShapeProfile.parse(["128x128"], "1", "4"))
     jobs = {job.component: job for job in builds.survey()[1]}
-    with pytest.raises(EngineError, match=r"image_encoder: .*refused the graph"):
+    with pytest.raises(EngineError, match=r"image_encoder: .*\(peak memory .*[1-9].* GiB\); .*refused the graph"):
         builds.run([jobs["unet"], jobs["image_encoder"], jobs["text_kv"]], at_once=2)
     assert not list(cache.headers()), "the UNet's build was ended, and no other begun"
     assert [path.name for path in cache.root.iterdir()] == ["key"]

@@ -22,7 +22,7 @@ from tiny import HIDDEN_WIDTH, TEXT_WIDTH, tiny_adapter
 from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.errors import IpaError
 from ipa.export.adapters import AdapterFile, AdapterWeights, fitted, read_adapter
-from ipa.export.build import add_adapter
+from ipa.export.bundle_adapters import add_adapter
 from ipa.export.checks import TOLERANCES, agreement, change
 from ipa.export.cli import main
 from ipa.export.dimensions import manifest_dimensions

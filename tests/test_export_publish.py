@@ -58,9 +58,9 @@ def test_killed_writers_leave_a_whole_bundle(tmp_path: Path) -> None:
     dice = random.Random(0)
     for number in range(6):
         writers = [subprocess.Popen([sys.executable, "-c", WRITER, target, f"{number}-{name}"]) for name in "ab"]
-        while not target.exists():
+        while not (target.exists() and (target / FILE_NAME).read_text().startswith(f"{number}-")):
             time.sleep(0.01)
-        time.sleep(dice.uniform(0.3, 1.0))
+        time.sleep(dice.uniform(0, 0.05))
         for writer in writers:
             writer.send_signal(signal.SIGKILL)
             writer.wait()
@@ -69,6 +69,39 @@ def test_killed_writers_leave_a_whole_bundle(tmp_path: Path) -> None:
     with staged_bundle(target, force=True) as root:
         _fill(root, "last")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"], "what killed exports left behind is removed"
+
+
+def test_without_exchange_a_failed_rename_keeps_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, rename = tmp_path / "bundle", Path.rename
+    target.mkdir()
+    _fill(target, "old")
+
+    def fail(path: Path, to: Path) -> Path:
+        if to == target and (path / FILE_NAME).read_text() == "new":
+            raise OSError(errno.EIO, "I/O error")
+        return rename(path, to)
+
+    monkeypatch.setattr(publish, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(BundleError, match="I/O error"), staged_bundle(target, force=True) as root:
+        _fill(root, "new")
+    assert _contents(target) == {"old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_what_a_killed_writer_set_aside_is_put_back(tmp_path: Path) -> None:
+    target, aside = tmp_path / "bundle", tmp_path / ".bundle.partial-x" / "old"
+    aside.mkdir(parents=True)
+    _fill(aside, "old")
+    with pytest.raises(BundleError, match="--force"), staged_bundle(target, force=False):
+        pass
+    assert _contents(target) == {"old"}
+    aside.mkdir()
+    _fill(aside, "older")  # killed after the new one was in place
+    with staged_bundle(target, force=True) as root:
+        _fill(root, "new")
+    assert _contents(target) == {"new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_failure_leaves_the_old_bundle(tmp_path: Path) -> None:

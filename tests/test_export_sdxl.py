@@ -29,7 +29,8 @@ from ipa.engines.plan_cache import PlanCache
 from ipa.engines.shape_profile import ShapeProfile
 from ipa.engines.spec import family_specs
 from ipa.export.adapters import AdapterFile
-from ipa.export.build import ExportRequest, add_adapter, export_bundle
+from ipa.export.build import ExportRequest, export_bundle
+from ipa.export.bundle_adapters import add_adapter
 from ipa.export.cli import main
 from ipa.export.controlnets import ControlNetSource
 from ipa.export.dimensions import manifest_dimensions
@@ -130,7 +131,10 @@ def test_engines_build(tiny_xl_half_bundle: Path, tmp_path: Path) -> None:
 def test_one_merged_graph(tiny_xl_base: Path, tiny_xl_files: dict[str, Path], tmp_path: Path) -> None:
     file, adapter = tmp_path / "merged.onnx", tiny_xl_files["base"]
     adapters = (AdapterFile("base", adapter),)
-    export_bundle(ExportRequest(str(tiny_xl_base), tmp_path / "b", adapters=adapters, merged=MergedOptions(file, 0.7)))
+    request = ExportRequest(str(tiny_xl_base), tmp_path / "b", adapters=adapters, merged=MergedOptions(file, 0.7))
+    shown: list[tuple[str, int]] = []
+    export_bundle(request, lambda part, total: shown.append((part, total)))
+    assert {total for _, total in shown} == {len(shown)}, "all parts were announced"
     draw = np.random.default_rng(0).standard_normal
     inputs = {
         "sample": draw((2, 4, 9, 16), np.float32),

@@ -27,7 +27,7 @@ from ipa.export.cli import main
 
 
 def tamper(bundle: Path, component: str) -> None:
-    """Double the largest weight of a graph and make the manifest agree."""
+    """Enlarge the largest tensor of a graph by a fifth and make the manifest agree."""
     path = bundle / component / "model.onnx"
     model = onnx.load(path)
     largest = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
@@ -40,6 +40,12 @@ def tamper(bundle: Path, component: str) -> None:
     (bundle / FILE_NAME).write_text(manifest.to_json())
 
 
+def add_again(bundle: Path, name: str) -> None:
+    """List the bundle's adapter `tiny` under another name, too."""
+    manifest = Manifest.from_json((bundle / FILE_NAME).read_text())
+    (bundle / FILE_NAME).write_text(manifest.with_adapter(name, manifest.adapters["tiny"]).to_json())
+
+
 def validate(bundle: Path, base: Path, adapter: Path, engine: str = "onnxruntime") -> Any:
     arguments = {"bundle": bundle, "base": base, "adapter": f"tiny={adapter}", "engine": engine}
     parts = (part for name, value in arguments.items() for part in (f"--{name}", str(value)))
@@ -48,14 +54,19 @@ def validate(bundle: Path, base: Path, adapter: Path, engine: str = "onnxruntime
 
 def test_faithful_bundle_passes(tiny_bundle: Path, tiny_base: Path, tiny_adapter_file: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    add_again(bundle, "other")
     result = validate(bundle, tiny_base, tiny_adapter_file)
     assert result.exit_code == 0, result.output
+    assert "--   ip_adapter/other             not compared: name it with --adapter other=..." in result.stdout
     figures = Bundle.open(bundle).manifest.validation
     assert figures["passed"] is True
-    names = [check["name"] for check in figures["checks"]]
-    assert {"unet", "vae_encoder", "ip_adapter/tiny", "step, tiny", "step, tiny, scale 0", "run, tiny"} <= set(names)
+    checks = {check["name"]: check for check in figures["checks"]}
+    assert {"unet", "vae_encoder", "ip_adapter/tiny", "step, tiny", "step, tiny, scale 0", "run, tiny"} <= set(checks)
+    assert (checks["ip_adapter/other"]["is_judged"], checks["ip_adapter/other"]["relative_error"]) == (False, None)
+    add_again(bundle, "later")
     assert (
-        "12 of 14 checks passed\n    not judged: run, no adapter\n    not judged: run, tiny"
+        "12 of 15 checks passed\n    not judged: run, no adapter\n    not judged: run, tiny\n"
+        "    not judged: ip_adapter/other\n    added since, not judged: ip_adapter/later\n"
         in CliRunner().invoke(main, ["inspect", str(bundle)]).stdout
     )
 

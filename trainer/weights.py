@@ -6,7 +6,6 @@ layer's place among all attention processors (self-attention has the even ones).
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ipa.trainer.errors import TrainError
 from ipa.trainer.files import atomic_path
+from ipa.trainer.pickles import load_pickle
 
 GROUPS = ("image_proj", "ip_adapter")
 StateDict = dict[str, Tensor]
@@ -96,28 +96,16 @@ def load_adapter(path: Path) -> StateDict:
         except (SafetensorError, OSError) as error:
             raise TrainError(f"{path}: not a readable safetensors file; it is damaged or of another format") from error
     elif path.suffix == ".bin":
-        state = _flatten(_load_pickle(path), path)
+        state = _flatten(load_pickle(path), path)
     else:
         raise TrainError(f"{path}: adapter files end in .safetensors or .bin")
     for group in GROUPS:
         if not any(name.startswith(f"{group}.") for name in state):
             raise TrainError(f"{path}: has no {group!r} weights, so it is not an IP-Adapter file")
     for name, tensor in state.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             raise TrainError(f"{path}: {name} holds values that are not finite floating-point numbers")
     return state
-
-
-def _load_pickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise TrainError(
-            f"{path}: refused, it is not a plain file of tensors (it is damaged, or would run code when loaded); "
-            "ask for the .safetensors file instead"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise TrainError(f"{path}: not a readable PyTorch file; it is damaged or of another format") from error
 
 
 def _nest(state: StateDict) -> dict[str, StateDict]:

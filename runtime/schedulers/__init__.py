@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import Any
 
 from ipa.engines.errors import BundleError, RequestError
-from ipa.runtime.schedulers.names import CLASSES, SCHEDULER_NAMES, SCHEDULERS
+from ipa.engines.scheduler_names import SCHEDULER_CLASSES
+from ipa.runtime.schedulers.names import SCHEDULER_NAMES, SCHEDULERS
 from ipa.runtime.schedulers.schedule import Schedule, Scheduler, State
 
 __all__ = ["SCHEDULER_NAMES", "Schedule", "Scheduler", "State", "create_scheduler"]
@@ -38,12 +39,12 @@ def create_scheduler(name: str | None, config: Mapping[str, Any]) -> Scheduler:
     """
     if name is None:
         class_name = config.get("_class_name")
-        if not isinstance(class_name, str) or class_name not in CLASSES:
+        if not isinstance(class_name, str) or class_name not in SCHEDULER_CLASSES:
             raise BundleError(
                 f"scheduler_config.json: _class_name is {class_name!r}, expected one of "
-                f"{', '.join(CLASSES)}; choose one with --scheduler {' or '.join(SCHEDULER_NAMES)}"
+                f"{', '.join(SCHEDULER_CLASSES)}; choose one with --scheduler {' or '.join(SCHEDULER_NAMES)}"
             )
-        name = CLASSES[class_name]
+        name = SCHEDULER_CLASSES[class_name]
     if name not in SCHEDULERS:
         raise RequestError(f"unknown scheduler '{name}', expected one of {', '.join(SCHEDULER_NAMES)}")
     module, scheduler, configuration = SCHEDULERS[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Name -> module, class, its configuration. A configuration names diffusers' class, which `CLASSES` knows.
+# Name -> module, class, its configuration.
 SCHEDULERS = {
     "ddim": ("ddim", "DDIMScheduler", "DDIMConfig"),
     "pndm": ("pndm", "PNDMScheduler", "PNDMConfig"),
@@ -15,13 +15,3 @@ SCHEDULERS = {
     "ddpm": ("ddpm", "DDPMScheduler", "DDPMConfig"),
 }
 SCHEDULER_NAMES = tuple(SCHEDULERS)
-CLASSES = {
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "pndm",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler-ancestral",
-    "DPMSolverMultistepScheduler": "dpm++-2m",
-    "UniPCMultistepScheduler": "unipc",
-    "LCMScheduler": "lcm",
-    "DDPMScheduler": "ddpm",
-}
