@@ -10,7 +10,8 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ipa.engines.errors import BundleError
-from ipa.engines.spec import ComponentSpec, KVLayout
+from ipa.engines.kv_layout import KVLayout
+from ipa.engines.spec import ComponentSpec
 
 FORMAT = "ipa-bundle"
 FORMAT_VERSION = 1

@@ -1,4 +1,4 @@
-"""Arithmetic on packed keys and values, see `ipa.engines.spec.KVLayout`."""
+"""Arithmetic on packed keys and values, see `ipa.engines.kv_layout.KVLayout`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ipa.engines.engine import Array
-from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, image_mask, positions
+from ipa.engines.kv_layout import KVLayout
+from ipa.engines.spec import ComponentSpec, ImageSlots, image_mask, positions
 
 
 def scale_values(image_kv: Array, layout: KVLayout, scale: float | Sequence[float]) -> Array:

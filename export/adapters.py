@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ipa.engines.bundle import hash_file
 from ipa.engines.errors import IpaError
-from ipa.engines.spec import Dimensions, KVLayout, adapter_spec
+from ipa.engines.kv_layout import KVLayout
+from ipa.engines.spec import Dimensions, adapter_spec
 from ipa.export.adapter_kinds import Kind, MakeProjection, kind_of
 from ipa.export.adapter_modules import Adapter
 from ipa.export.adapter_tensors import TensorGroup

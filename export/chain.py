@@ -7,9 +7,10 @@ from contextlib import ExitStack
 
 from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Array, Engine
+from ipa.engines.kv_layout import KVLayout
 from ipa.engines.packed_kv import image_inputs, scale_values
 from ipa.engines.residuals import no_residuals
-from ipa.engines.spec import KVLayout, added_conditions
+from ipa.engines.spec import added_conditions
 
 
 class Chain:

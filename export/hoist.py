@@ -1,7 +1,7 @@
 """Taking keys and values of cross-attention out of the UNet.
 
 They depend on the text and on the reference image, never on the timestep or the latents. So the UNet that is
-exported receives them packed (`ipa.engines.spec.KVLayout`), and its own `to_k`/`to_v` become the `text_kv` graph.
+exported receives them packed (`ipa.engines.kv_layout.KVLayout`), and its own `to_k`/`to_v` become the `text_kv` graph.
 Source: arXiv:2308.06721, formula (5), for the sum of the two attentions before `to_out`.
 """
 
@@ -16,7 +16,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ipa.engines.errors import IpaError
-from ipa.engines.spec import ONE_SLOT, ImageSlots, KVLayer, KVLayout, TensorSpec, added_conditions
+from ipa.engines.kv_layout import KVLayer, KVLayout
+from ipa.engines.spec import ONE_SLOT, ImageSlots, TensorSpec, added_conditions
 from ipa.export.attention import attend
 from ipa.export.family import family_of_config
 

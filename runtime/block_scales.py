@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ipa.engines.errors import RequestError
-from ipa.engines.spec import KVLayout
+from ipa.engines.kv_layout import KVLayout
 from ipa.runtime.numbers import NUMBER_TEXT, is_number
 
 Scale: TypeAlias = float | str | Mapping[str, Any]

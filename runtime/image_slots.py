@@ -14,8 +14,9 @@ from PIL import Image
 from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Array, Engine
 from ipa.engines.errors import RequestError
+from ipa.engines.kv_layout import KVLayout
 from ipa.engines.packed_kv import image_inputs, scale_values
-from ipa.engines.spec import ComponentSpec, ImageSlots, KVLayout, positions
+from ipa.engines.spec import ComponentSpec, ImageSlots, positions
 from ipa.runtime.block_scales import layer_scales
 from ipa.runtime.conditioning import guidance_batch, image_features
 from ipa.runtime.image_prompt import ImagePrompt, check_masks

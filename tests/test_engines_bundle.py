@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.errors import BundleError, EngineError, RequestError
+from ipa.engines.kv_layout import KVLayer, KVLayout
 from ipa.engines.manifest import (
     ComponentRecord,
     Defaults,
@@ -26,7 +27,7 @@ from ipa.engines.manifest import (
 )
 from ipa.engines.onnx_file import ExternalData, external_data
 from ipa.engines.registry import ENGINE_NAMES
-from ipa.engines.spec import SPECS, ComponentSpec, KVLayer, KVLayout, TensorSpec
+from ipa.engines.spec import SPECS, ComponentSpec, TensorSpec
 
 KV = 8
 WIDTH = 4

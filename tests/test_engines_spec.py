@@ -7,8 +7,9 @@ import pytest
 
 from ipa.engines.engine import check_inputs
 from ipa.engines.errors import EngineError
+from ipa.engines.kv_layout import KVLayer, KVLayout
 from ipa.engines.packed_kv import scale_values
-from ipa.engines.spec import COMPONENTS, SPECS, Dimensions, KVLayer, KVLayout, adapter_spec
+from ipa.engines.spec import COMPONENTS, SPECS, Dimensions, adapter_spec
 from ipa.runtime.conditioning import guidance_batch
 
 SD15_WIDTHS = (320, 320, 640, 640, *(1280,) * 5, *(640,) * 3, *(320,) * 3, 1280)

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from ipa.benchmarks.full_size import SD15_UNET, SDXL_UNET
 from ipa.engines.engine import GraphFile
 from ipa.engines.errors import IpaError
+from ipa.engines.kv_layout import KVLayout
 from ipa.engines.registry import open_engine
-from ipa.engines.spec import Dimensions, KVLayout
+from ipa.engines.spec import Dimensions
 from ipa.export.adapters import AdapterWeights, adapter_graph, fitted, read_adapter
 from ipa.export.checks import TOLERANCES, agreement
 from ipa.export.hoist import config_kv_layout

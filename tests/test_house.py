@@ -118,7 +118,8 @@ def test_the_wheel_holds_every_module_and_the_demo(tmp_path: Path) -> None:
     for folder in (*ALLOWED, "benchmarks"):
         for path in (copy / folder).rglob("*.py"):
             assert f"ipa/{path.relative_to(copy)}" in held
-    for path in (*(copy / "runtime" / "assets").rglob("*"), *(copy / "export" / "assets").rglob("*")):
+    assets = (*(copy / "runtime" / "assets").rglob("*"), *(copy / "export" / "assets").rglob("*"))
+    for path in (*assets, *(copy / "engines").glob("*.ptx")):
         if path.is_file():
             assert f"ipa/{path.relative_to(copy)}" in held
     assert not any(name.startswith(("tests/", "trainer/", "runtime/", "export/")) for name in held)
