@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ipa.engines.errors import EngineError
-from ipa.engines.kernel_cache import KernelFile
 from ipa.engines.locks import locked, remove_unless_locked
 from ipa.engines.plan_file import PlanError, PlanHeader, PlanKey, check_plan, read_header, read_plan, write_plan
+from ipa.engines.signed_file import SignedFile
 
 _SECRET_FILE, _SECRET_BYTES = "key", 32
-SUFFIX, KERNELS_SUFFIX = ".plan", ".kernels"
+SUFFIX = ".plan"
 _WORKSPACE = ".build-"
 
 
@@ -133,9 +133,15 @@ class PlanCache:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(handle)
 
-    def kernels(self, key: PlanKey) -> KernelFile:
+    def kernels(self, key: PlanKey) -> SignedFile:
         """What is compiled when the plan of a key first runs."""
-        return KernelFile(self.path(key).with_suffix(KERNELS_SUFFIX), self._secret, key.digest)
+        return SignedFile(self.path(key).with_suffix(".kernels"), self._secret, f"kernels of {key.digest}")
+
+    def timings(self, engine: str, version: str, target: str) -> SignedFile:
+        """What a builder measured on a GPU, for the next build by the same library there."""
+        purpose = f"timings of {engine} {version} on {target}"
+        name = f"{engine}-{hashlib.sha256(purpose.encode()).hexdigest()[:32]}.timings"
+        return SignedFile(self.root / name, self._secret, purpose)
 
     def headers(self) -> Iterator[tuple[Path, PlanHeader]]:
         """Every plan that this cache wrote and nobody changed since."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from ipa.engines.cuda_driver import Gpu
 from ipa.engines.engine import GraphFile
 from ipa.engines.errors import EngineError
-from ipa.engines.kernel_cache import KernelFile
 from ipa.engines.machine import default_cache, platform_name
 from ipa.engines.plan_cache import SUFFIX, PlanCache
 from ipa.engines.plan_file import RECIPE, PlanError, PlanHeader, PlanKey, read_header, read_plan
+from ipa.engines.signed_file import SignedFile
 
 ANY_CAPABILITY = "8.0 and later"  # what TensorRT-RTX builds for by itself
 _OLDEST_OF_ANY = (8, 0)
@@ -31,7 +31,7 @@ class StoredPlan:
 
     header: PlanHeader
     load: Callable[[], bytes]
-    kernels: KernelFile | None
+    kernels: SignedFile | None
 
 
 def gpu_target(gpu: Gpu) -> str:

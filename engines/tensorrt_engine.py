@@ -15,10 +15,10 @@ from ipa.engines.cuda_driver import NoDriver, find_driver
 from ipa.engines.device_latents import DeviceLatents
 from ipa.engines.engine import Array, GraphFile, check_finite, check_inputs
 from ipa.engines.errors import EngineError, first_line
-from ipa.engines.kernel_cache import RtxContext
 from ipa.engines.linear_run import LinearRun
 from ipa.engines.plan_choice import StoredPlan, usable_plans
 from ipa.engines.plan_file import PlanError, PlanHeader
+from ipa.engines.rtx_context import RtxContext
 from ipa.engines.shape_profile import Shape, covers
 from ipa.engines.tensorrt_library import library_version, load_library, logger
 

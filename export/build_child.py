@@ -36,6 +36,8 @@ class BuildTask:
         shapes: smallest, usual and largest shape of each input with a free axis.
         capabilities: compute capabilities such as `8.6`; none: the library's own choice.
         plan: file to write.
+        timings: file that TensorRT's timings of kernels are read from, if it is there, and written to; empty: none,
+            as TensorRT-RTX times nothing.
         pipe: number of the open file to report to.
     """
 
@@ -44,6 +46,7 @@ class BuildTask:
     shapes: dict[str, list[list[int]]]
     capabilities: list[str]
     plan: str
+    timings: str
     pipe: int
 
     def to_json(self) -> str:
@@ -76,6 +79,8 @@ def build(task: BuildTask, report: TextIO) -> None:
     config = builder.create_builder_config()
     config.progress_monitor = _monitor(trt, report)
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default: float32 would have 10 bits in place of 23
+    if task.timings:
+        _take_timings(config, Path(task.timings))
     for index, capability in enumerate(task.capabilities):
         config.num_compute_capabilities = len(task.capabilities)
         config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), index)
@@ -89,8 +94,18 @@ def build(task: BuildTask, report: TextIO) -> None:
     if plan is None:
         raise BuildError("the builder gave no engine; its messages are above")
     Path(task.plan).write_bytes(plan)
+    if task.timings:
+        Path(task.timings).write_bytes(config.get_timing_cache().serialize())
     result = {"seconds": time.perf_counter() - start, "peak_mib": _peak_mib()}
     print(json.dumps(result), file=report, flush=True)
+
+
+def _take_timings(config: Any, file: Path) -> None:
+    """Kernels that were timed before are not timed again; the library refuses timings of another GPU or version."""
+    stored = file.read_bytes() if file.exists() else b""
+    cache = config.create_timing_cache(stored)
+    if cache is None or not config.set_timing_cache(cache, False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def _peak_mib() -> float:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -160,7 +161,10 @@ class EngineBuilds:
         verify_files(self._bundle.root, record.files)
         shapes = self._profile.shapes(component, record.spec, self._bundle.manifest.vae.downscale)
         with self._cache.workspace() as folder:
-            plan = folder / "plan"
+            plan, timings = folder / "plan", folder / "timings"
+            kept = self._cache.timings(self._engine, self._version, self._target)
+            if (known := kept.read()) is not None:
+                timings.write_bytes(known)
             ranges = {name: [list(shape) for shape in sizes] for name, sizes in shapes.items()}
             task = {
                 "engine": self._engine,
@@ -168,9 +172,13 @@ class EngineBuilds:
                 "shapes": ranges,
                 "capabilities": list(self._capabilities),
                 "plan": os.fspath(plan),
+                "timings": "" if self._engine == "tensorrt-rtx" else os.fspath(timings),
             }
             result = self._run_child(component, record.spec, task, folder, percent)
             tensors = {name: _describe(tensor) for name, tensor in result["tensors"].items()}
+            if timings.exists():
+                with suppress(OSError):  # the next build is slower, and no more
+                    kept.write(timings.read_bytes())
             percent(100)
             return self._cache.store(
                 self.key(component, record), plan, self._bundle.root, tensors, result["seconds"], result["peak_mib"]
