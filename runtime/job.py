@@ -139,12 +139,13 @@ class Job:
 
         opened, warnings = self._open()
         with opened as pipeline:
+            # Before the run, so that a file that goes away meanwhile costs no picture.
+            about, engine = origin(pipeline, self.request, self.bundle), pipeline.choice
             try:
                 result = pipeline.run(self.request, progress)
             finally:
                 if bar is not None:
                     bar.close()
-            about, engine = origin(pipeline, result.request, self.bundle), pipeline.choice
             assert result.request.seed is not None
             paths = output_paths(self.output, len(result.images), result.request.seed)
             write_pictures(result, paths, about if has_metadata else None)

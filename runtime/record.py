@@ -21,7 +21,7 @@ def origin(pipeline: Pipeline, request: Request, bundle: Path | None) -> dict[st
     """What else decided the pictures: models and files by hash, the engine.
 
     Args:
-        request: as it was carried out.
+        request: resolved or not.
         bundle: as the user named it; `None`: the demo bundle.
     Raises:
         RequestError: a file that the request names cannot be read.

@@ -261,7 +261,7 @@ def test_embeds_are_diffusers_own(pipeline: Pipeline, oracle: Any, tmp_path: Pat
     file = tmp_path / "theirs.safetensors"
     with torch.no_grad():
         embeds = oracle.prepare_ip_adapter_image_embeds([[picture(1), picture(2)], picture(3)], None, "cpu", 1, True)
-    unread = torch.zeros(3, dtype=torch.bfloat16)  # which numpy has not
+    unread = torch.zeros(3).to(torch.float8_e4m3fn)  # which numpy has not
     save_torch_file({"image_embeds": embeds[0].contiguous(), "unread": unread}, file)
     found = ours(pipeline, ImagePrompt(adapter="a", scale=0.8, embeds=file), ImagePrompt((picture(3),), "b", 0.3))
     assert_same_latents(found, theirs(oracle, [[picture(1), picture(2)], picture(3)], [0.8, 0.3]))

@@ -11,7 +11,9 @@ import pytest
 from picture_files import encoded, random_picture, refused
 from PIL import Image, ImageOps
 
+from ipa.engines.errors import RequestError
 from ipa.runtime.images import read_image
+from ipa.runtime.masks import check_ratio
 
 
 @pytest.mark.parametrize(
@@ -116,3 +118,12 @@ def test_frames_are_not_counted(tmp_path: Path) -> None:
         start = time.process_time()
         read_image(tmp_path / name)
         assert time.process_time() - start < 1.0, name
+
+
+def test_a_mask_may_miss_what_a_photo_s_size_is_rounded_by() -> None:
+    """An image prompt's mask of a photo that is 1000x667, for the picture of 1000x664 that is made of it."""
+    check_ratio(Image.new("L", (1000, 667)), (1000, 664), slack=8)
+    check_ratio(Image.new("L", (500, 333)), (1000, 667))
+    for mask, slack in (((1000, 667), 1), ((1000, 640), 8)):
+        with pytest.raises(RequestError, match=r"the picture 1000x664: crop the mask to the same ratio"):
+            check_ratio(Image.new("L", mask), (1000, 664), slack)
