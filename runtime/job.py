@@ -81,7 +81,7 @@ class Job:
         """Check everything that can be checked before a model is opened.
 
         Args:
-            given: fields of `Request` that the user named, but for
+            given: fields of `Request` that the user named, image prompts apart.
             prompts: image prompts, by the fields that the user named.
             bundle, engine, output, trust_engines, save_embeds: as on the command line.
             source: a PNG of ours whose request the given fields and image prompts override.
