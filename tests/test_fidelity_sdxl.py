@@ -258,7 +258,7 @@ def test_repeated_text_is_encoded_once(
     request = make_request(num_inference_steps=1, prompt="a house")
     first = pipeline.run(request).images[0]
     names: list[str] = []
-    engine = pipeline._engine
+    engine = pipeline._engines
     monkeypatch.setattr(pipeline._text, "_engine", lambda name: names.append(name) or engine(name))
     np.testing.assert_array_equal(pipeline.run(request).images[0], first)
     assert names == []
