@@ -1,8 +1,10 @@
 """What room for more image prompts, or for masks, costs a step: the UNets of two bundles in turn, one prompt in both.
 
-ipa-export onnx --base /tmp/sd15/base --adapter /tmp/sd15/ip-adapter.safetensors --output /tmp/sd15/bundle
-ipa-export onnx ... --image-slots 2 --masks --output /tmp/sd15/masked
-python -m ipa.benchmarks.slot_cost --bundle /tmp/sd15/bundle --other /tmp/sd15/masked
+Two bundles of the models that `python -m ipa.benchmarks.full_size --output /tmp/sd15` writes:
+
+    ipa-export onnx --base /tmp/sd15/base --adapter /tmp/sd15/ip-adapter.safetensors --output /tmp/sd15/bundle
+    ipa-export onnx ... --image-slots 2 --masks --output /tmp/sd15/masked
+    python -m ipa.benchmarks.slot_cost --bundle /tmp/sd15/bundle --other /tmp/sd15/masked
 """
 
 from __future__ import annotations

@@ -49,9 +49,8 @@ class SignedFile:
             with os.fdopen(handle, "wb") as file:
                 file.write(_MAGIC + self._mac(content) + content)
             Path(name).replace(self.path)
-        except BaseException:
+        finally:
             Path(name).unlink(missing_ok=True)
-            raise
 
     def _mac(self, content: bytes) -> bytes:
         lengths = len(self._purpose).to_bytes(4, "little")

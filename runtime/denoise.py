@@ -82,8 +82,7 @@ def denoise(
     Yields:
         One `Step` after each call of the UNet.
     """
-    run = _linear_run(schedule, begin, guidance) if isinstance(unet, DenoisingEngine) else None
-    if run is not None and isinstance(unet, DenoisingEngine):
+    if isinstance(unet, DenoisingEngine) and (run := _linear_run(schedule, begin, guidance)) is not None:
         yield from _by_engine(unet, run, schedule, conditions)
         return
     halves = 1 if guidance is None else 2
