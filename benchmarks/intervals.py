@@ -1,0 +1,48 @@
+"""Figures with what chance leaves open: a statistic of repeated measurements and its bootstrap interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Statistic = Callable[..., NDArray[np.float64]]  # as numpy's: of an array along `axis`
+RESAMPLES = 10_000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure, and where it would lie in 95 % of repetitions.
+
+    Attributes:
+        value: the statistic of what was measured.
+        low, high: ends of the interval; of one measurement both are the value.
+        count: how many measurements there were.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def covers(self, value: float) -> bool:
+        """Whether `value` is not ruled out."""
+        return self.low <= value <= self.high
+
+
+def bootstrap(values: Sequence[float], statistic: Statistic = np.median, seed: int = 0) -> Interval:
+    """A statistic with its percentile bootstrap interval.
+
+    Args:
+        values: independent measurements, at least one.
+        statistic: `numpy.median`, `numpy.mean` or alike, with `axis`.
+        seed: of the resampling.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, section 13.3.
+    """
+    measured = np.asarray(values, np.float64)
+    chosen = np.random.default_rng(seed).integers(len(measured), size=(RESAMPLES, len(measured)))
+    low, high = np.quantile(statistic(measured[chosen], axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(statistic(measured, axis=0)), float(low), float(high), len(measured))
