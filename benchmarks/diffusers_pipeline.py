@@ -1,0 +1,174 @@
+"""What everything is compared with: diffusers' own pipelines with `load_ip_adapter`, given our requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    ControlNetModel,
+    SchedulerMixin,
+)
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from ipa.engines.errors import IpaError
+from ipa.engines.scheduler_names import SCHEDULER_CLASSES
+from ipa.runtime.image_files import open_image
+from ipa.runtime.request import Request
+
+KARRAS = "-karras"
+NEUTRAL_AT_ZERO = ("guidance_rescale", "eta")
+StepEnd = Callable[[int], None]
+
+
+class DiffusersPipeline:
+    """A base model with one IP-Adapter, and perhaps one ControlNet, at full strength.
+
+    Its attention is PyTorch's fused kernel, its weights lie channels last, in half precision on a GPU.
+
+    Attributes:
+        pipe: from text to image; the others share its parts.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        adapter: Path | None,
+        *,
+        controlnet: Path | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        """Load from folders and files on this machine.
+
+        Args:
+            base: pipeline folder in diffusers format, `image_encoder/` included if there is an adapter.
+            adapter: IP-Adapter file.
+            controlnet: ControlNet folder in diffusers format.
+            device, dtype: of PyTorch.
+        Raises:
+            IpaError: diffusers cannot load one of them.
+        """
+        self.device, self._dtype, self._base = torch.device(device), getattr(torch, dtype), base
+        options: dict[str, Any] = {"torch_dtype": self._dtype, "local_files_only": True}
+        parts: dict[str, Any] = {}
+        try:
+            if adapter is not None:
+                encoder = CLIPVisionModelWithProjection.from_pretrained(base / "image_encoder", **options)
+                parts["image_encoder"] = encoder
+                parts["feature_extractor"] = _image_processor(base, encoder.config.image_size)
+            if controlnet is not None:
+                parts["controlnet"] = ControlNetModel.from_pretrained(controlnet, **options)
+            self.pipe = AutoPipelineForText2Image.from_pretrained(base, **options, **parts)
+            if adapter is not None:
+                self.pipe.load_ip_adapter(
+                    str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None
+                )
+        except Exception as error:  # diffusers raises anything, of a missing folder up to a wrong shape
+            raise IpaError(
+                f"diffusers cannot load {base} with adapter {adapter} and ControlNet {controlnet}: {error}"
+            ) from error
+        self.has_adapter, self.has_controlnet = adapter is not None, controlnet is not None
+        self.pipe.to(self.device)
+        for name in ("unet", "vae", "controlnet"):
+            if (part := getattr(self.pipe, name, None)) is not None:
+                part.to(memory_format=torch.channels_last)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def draw(self, request: Request) -> list[Image.Image]:
+        """Pictures of a resolved request."""
+        images: list[Image.Image] = self.call(request).images
+        return images
+
+    @torch.inference_mode()
+    def call(self, request: Request, on_step_end: StepEnd | None = None, **more: Any) -> Any:
+        """Call the pipeline that a request needs.
+
+        Args:
+            request: resolved; one image prompt at most, one control image at most.
+            on_step_end: given the index of each step that is done.
+            **more: in place of what the request says, such as `prompt_embeds` or `output_type`.
+        """
+        pipe, given = self._task(request)
+        pipe.scheduler = self._scheduler(request)
+        assert request.seed is not None
+        given |= {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt or None,
+            "num_images_per_prompt": request.num_images,
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+            "guidance_rescale": request.guidance_rescale,
+            "eta": request.eta,
+            "generator": torch.Generator().manual_seed(request.seed),
+        }
+        if request.all_image_prompts:
+            (prompt,) = request.all_image_prompts
+            given["ip_adapter_image"] = open_image(prompt.images[0])
+            pipe.set_ip_adapter_scale(prompt.scale)
+        elif self.has_adapter:  # it cannot go without an image; at scale 0 it is the base model exactly
+            given["ip_adapter_image"] = Image.new("RGB", (64, 64))
+            pipe.set_ip_adapter_scale(0.0)
+        if on_step_end is not None:
+
+            def callback(pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+                on_step_end(index)
+                return kwargs
+
+            given["callback_on_step_end"] = callback
+        known = signature(pipe.__call__).parameters
+        for name in NEUTRAL_AT_ZERO:  # not every pipeline has them
+            if not given[name]:
+                del given[name]
+        if missing := given.keys() - known.keys():
+            raise IpaError(f"{type(pipe).__name__} of diffusers takes no {', '.join(sorted(missing))}: leave it out")
+        given |= more
+        return pipe(**{name: value for name, value in given.items() if value is not None})
+
+    def _task(self, request: Request) -> tuple[Any, dict[str, Any]]:
+        """The pipeline of a request's kind, with the arguments that only it takes."""
+        control = {} if not request.controls else self._control(request)
+        size = {"height": request.height, "width": request.width}
+        if request.init_image is None:
+            named = {"image": control.pop("control_image")} if control else {}
+            return self.pipe, {**named, **control, **size}
+        start = {"image": open_image(request.init_image), "strength": request.strength, **control}
+        if request.mask_image is None:
+            return AutoPipelineForImage2Image.from_pipe(self.pipe), start
+        mask = open_image(request.mask_image)
+        return AutoPipelineForInpainting.from_pipe(self.pipe), {**start, "mask_image": mask, **size}
+
+    def _control(self, request: Request) -> dict[str, Any]:
+        (control,) = request.controls
+        return {
+            "control_image": open_image(control.image),
+            "controlnet_conditioning_scale": float(control.scale),
+            "control_guidance_start": control.start,
+            "control_guidance_end": control.end,
+            "guess_mode": request.guess_mode,
+        }
+
+    def _scheduler(self, request: Request) -> Any:
+        """From its file each time: a live one's configuration keeps options of those that it went through."""
+        import diffusers
+
+        name = str(request.scheduler)
+        plain = name.removesuffix(KARRAS)
+        kind = next(cls for cls, ours in SCHEDULER_CLASSES.items() if ours == plain)
+        options: dict[str, Any] = {"use_karras_sigmas": name.endswith(KARRAS)} if plain.startswith("dpm") else {}
+        made: SchedulerMixin = getattr(diffusers, kind).from_pretrained(self._base, subfolder="scheduler", **options)
+        return made
+
+
+def _image_processor(base: Path, size: int) -> Any:
+    """The pipeline's own, else CLIP's for pictures of that size."""
+    if (base / "feature_extractor" / "preprocessor_config.json").exists():
+        return CLIPImageProcessor.from_pretrained(base, subfolder="feature_extractor")
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
