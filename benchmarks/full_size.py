@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import click
 
-TOKENS, TEXT_WIDTH, EMBED_WIDTH = 4, 768, 1024
+TOKENS, PLUS_TOKENS, TEXT_WIDTH, EMBED_WIDTH = 4, 16, 768, 1024
 SD15_UNET = {
     "sample_size": 64,
     "in_channels": 4,
@@ -206,32 +207,52 @@ def _write_index(folder: Path, is_xl: bool) -> None:
     (folder / "model_index.json").write_text(json.dumps(index | classes, indent=1))
 
 
-def write_adapter(file: Path, seed: int = 0, sizes: Sizes = FULL, dtype: str = "float32") -> None:
-    """Write a base-kind adapter of 4 tokens in the official layout: 3,150,336 + 19,169,280 parameters if full."""
+def write_adapter(
+    file: Path, seed: int = 0, sizes: Sizes = FULL, dtype: str = "float32", is_plus: bool = False
+) -> None:
+    """Write an adapter in the official layout: of the kind base with 4 tokens, or plus with 16.
+
+    At full size 3,150,336 + 19,169,280 parameters.
+    """
     import torch
     from diffusers import UNet2DConditionModel
     from safetensors.torch import save_file
 
+    from ipa.export.adapter_modules import LinearProjection, Resampler
     from ipa.export.hoist import kv_layout
 
+    torch.manual_seed(seed)
     with torch.device("meta"):
         layout = kv_layout(UNet2DConditionModel(**sizes.unet))
-    text_width, embed_width = sizes.unet["cross_attention_dim"], sizes.vision["projection_dim"]
-    generator = torch.Generator().manual_seed(seed)
-    shapes: dict[str, tuple[int, ...]] = {
-        "image_proj.proj.weight": (TOKENS * text_width, embed_width),
-        "image_proj.proj.bias": (TOKENS * text_width,),
-        "image_proj.norm.weight": (text_width,),
-        "image_proj.norm.bias": (text_width,),
-    }
+    text_width = sizes.unet["cross_attention_dim"]
+    projection: Any
+    if is_plus:  # the published one's sizes: ip-adapter-plus_sd15
+        hidden_width = sizes.vision["hidden_size"]
+        projection = Resampler(hidden_width, PLUS_TOKENS, text_width, text_width, text_width, 4 * text_width, 4)
+        torch.nn.init.normal_(projection.latents)
+    else:
+        projection = LinearProjection(sizes.vision["projection_dim"], TOKENS, text_width)
+    weights = {f"image_proj.{name}": weight for name, weight in projection.state_dict().items()}
     for index, layer_width in enumerate(layout.widths):
         for which in ("k", "v"):
-            shapes[f"ip_adapter.{2 * index + 1}.to_{which}_ip.weight"] = (layer_width, text_width)
-    weights = {key: torch.randn(shape, generator=generator) * 0.03 for key, shape in shapes.items()}
-    # As training starts: with a random gain the tokens would be too small to tell one image from another.
-    weights["image_proj.norm.weight"] = torch.ones(text_width)
-    weights["image_proj.norm.bias"] = torch.zeros(text_width)
-    save_file({key: weight.to(getattr(torch, dtype)) for key, weight in weights.items()}, file)
+            weights[f"ip_adapter.{2 * index + 1}.to_{which}_ip.weight"] = 0.03 * torch.randn(layer_width, text_width)
+    save_file({key: weight.to(getattr(torch, dtype)).contiguous() for key, weight in weights.items()}, file)
+
+
+def write_controlnet(folder: Path, seed: int = 0, sizes: Sizes = FULL, dtype: str = "float32") -> None:
+    """Write a ControlNet for the base model, in diffusers format; its last layers are random, not zero."""
+    import torch
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    with torch.device("meta"):
+        config = UNet2DConditionModel(**sizes.unet).config
+    torch.manual_seed(seed)
+    known = signature(ControlNetModel.__init__).parameters
+    controlnet = ControlNetModel(**{name: value for name, value in config.items() if name in known})
+    for weight in controlnet.parameters():
+        if not weight.any():  # the published ones begin so; zeros would be no measure
+            torch.nn.init.normal_(weight, std=0.02)
+    controlnet.to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 @click.command()

@@ -48,14 +48,17 @@ class Speed:
         title: for people.
         dtype: that it computes in.
         step_seconds: one step of the denoising loop, guidance and scheduler included; the median.
+        device_step_seconds: the same by the device's own events, where it has them.
         ratio: how many times as fast as the baseline its loop is: the median of paired ratios; the baseline has none.
         stage_seconds: medians of `text`, `image` (the encoder), `adapter`, `vae_decoder`, and what the task adds.
-        seconds_per_image: of a whole picture, `steps` steps and all stages; `images_per_second` at the run's batch.
+        seconds_per_image: `steps` steps and every stage, added up, by the pictures of a call.
+        images_per_second: the same, the other way round.
         first_call_seconds: the first loop block and the first of each stage, warm-up included.
         load_seconds: from the start of the process until it could be called.
         build_seconds: of engines that were built before, if they were in this run.
         peak_host_mib, peak_device_mib: of its process.
-        floor_seconds: a step at the machine's own matrix product rate and memory bandwidth, whichever is longer.
+        floor_seconds: a step at the machine's own matrix product rate and memory bandwidth, whichever is longer;
+            `None`: the model's sizes or the rate are not known.
         times_floor: `step_seconds` over that; below 1 where an algorithm needs fewer operations than are counted.
         warm_up_blocks: that ran before two agreed within 2 %; `is_settled` is false where none did.
     """
@@ -64,6 +67,7 @@ class Speed:
     title: str
     dtype: str
     step_seconds: Interval
+    device_step_seconds: float | None
     ratio: Interval | None
     stage_seconds: dict[str, float]
     seconds_per_image: float
@@ -73,8 +77,8 @@ class Speed:
     build_seconds: float | None
     peak_host_mib: float
     peak_device_mib: float | None
-    floor_seconds: float
-    times_floor: float
+    floor_seconds: float | None
+    times_floor: float | None
     warm_up_blocks: int
     is_settled: bool
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ipa.engines.bundle import Bundle
 from ipa.engines.closing import Closing
+from ipa.engines.engine import Engine
 from ipa.runtime.batch import batch_key, check_batch
 from ipa.runtime.beginning import Beginner, Beginning
 from ipa.runtime.conditioning import guidance_batch
@@ -179,6 +180,15 @@ class Pipeline(Closing):
         """
         for name in components_of(self._text.components, requests):
             self._engines(name)
+
+    def component(self, name: str) -> Engine:
+        """The opened engine of a component of the spec table, `ip_adapter/NAME` or `controlnet/NAME`.
+
+        Raises:
+            BundleError, RequestError: the bundle has no such component, adapter or ControlNet.
+            EngineError: it cannot be opened.
+        """
+        return self._engines(name)
 
     def models(self, request: Request) -> dict[str, str]:
         """sha256 of everything of the bundle that decides a request's pictures, by component or part.

@@ -1,0 +1,92 @@
+"""Who takes part in a speed run, by name: PyTorch's side, plain onnxruntime, and our back-ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from ipa.benchmarks.contender import Setting
+from ipa.benchmarks.models import Models
+from ipa.benchmarks.processes import Entry
+from ipa.benchmarks.records import NotMeasured
+from ipa.engines.bundle import Bundle
+from ipa.engines.errors import RequestError
+from ipa.engines.registry import BACKENDS, Backend, backend_named
+
+TORCH = {"torch-eager": "PyTorch eager (diffusers)", "torch-compile": "PyTorch, torch.compile (diffusers)"}
+PLAIN = "onnxruntime-plain"
+NAMES = (*TORCH, PLAIN, *(backend.name for backend in reversed(BACKENDS)))
+_TORCH_SIDE, _OUR_SIDE = "ipa.benchmarks.torch_contenders", "ipa.benchmarks.our_contenders"
+
+
+def entries(
+    names: Sequence[str], models: Models, setting: Setting, device: str, built: Mapping[str, float]
+) -> tuple[list[Entry], list[NotMeasured]]:
+    """The contenders that can run here, in order, and why the others cannot.
+
+    Args:
+        names: some of `NAMES`.
+        device: `cuda` or `cpu`, for PyTorch.
+        built: seconds that building engines took, by name.
+    Raises:
+        RequestError: a name is unknown.
+    """
+    found, missing = list[Entry](), list[NotMeasured]()
+    for name in names:
+        if name not in NAMES:
+            raise RequestError(f"unknown contender '{name}', expected some of {', '.join(NAMES)}")
+        reason = _obstacle(name, models, setting)
+        if reason:
+            missing.append(NotMeasured(name, reason))
+        else:
+            found.append(replace(_entry(name, models, setting, device), build_seconds=built.get(name)))
+    return found, missing
+
+
+def torch_options(models: Models, setting: Setting, device: str) -> dict[str, Any]:
+    """Keywords of `TorchPipeline`."""
+    return {
+        "base": str(models.base),
+        "adapter": str(models.adapter) if setting.has_image else None,
+        "controlnet": None if models.controlnet is None else str(models.controlnet),
+        "setting": asdict(setting),
+        "device": device,
+        "dtype": "float16" if device == "cuda" else "float32",
+    }
+
+
+def torch_entry(name: str, models: Models, setting: Setting, device: str) -> Entry:
+    """PyTorch's side, eager or compiled."""
+    options = torch_options(models, setting, device) | {"is_compiled": name == "torch-compile"}
+    return Entry(name, TORCH[name], f"{_TORCH_SIDE}:TorchPipeline", options)
+
+
+def _entry(name: str, models: Models, setting: Setting, device: str) -> Entry:
+    if name in TORCH:
+        return torch_entry(name, models, setting, device)
+    options = {"bundle": str(models.bundle), "setting": asdict(setting)}
+    if name == PLAIN:
+        title = "onnxruntime, ordinary graph with the adapter in it"
+        return Entry(name, title, f"{_OUR_SIDE}:PlainPipeline", {**options, "merged": str(models.merged)})
+    return Entry(name, f"ours on {name}", f"{_OUR_SIDE}:OurPipeline", {**options, "engine": name})
+
+
+def _obstacle(name: str, models: Models, setting: Setting) -> str:
+    """Why a contender cannot take part; empty if it can."""
+    if name in TORCH:
+        if models.base is None or models.adapter is None:
+            return "PyTorch needs what the bundle was exported from: add --base and --adapter"
+        if setting.task == "controlnet" and models.controlnet is None:
+            return "PyTorch needs the ControlNet that the bundle was exported with: add --controlnet"
+        return ""
+    if name == PLAIN:
+        if models.merged is None:
+            return "there is no ordinary graph of this model and task: `ipa-export onnx --merged` has none, or not here"
+        backend: Backend = backend_named("onnxruntime")
+    else:
+        backend = backend_named(name)
+    if not backend.is_installed:
+        return f"not installed: {backend.install()}"
+    bundle = Bundle.open(models.bundle, verify=False)
+    return backend.obstacle([bundle.graph(part) for part in bundle.manifest.components])

@@ -1,0 +1,87 @@
+"""What a process costs before its first picture: time and memory of the import, and size of the installation."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from ipa.benchmarks.records import StartUp
+from ipa.runtime.demo import FOLDER
+
+RUNS = 11
+SLOW = 1.0  # seconds; fewer runs then
+# Name, code, distributions that are installed for it.
+OURS = (
+    "ipa-runtime[onnxruntime]",
+    "from ipa.runtime import Pipeline, Request",
+    ("numpy", "pillow", "tokenizers", "click", "tqdm", "safetensors", "onnxruntime"),
+)
+THEIRS = (
+    "torch + diffusers",
+    "from diffusers import StableDiffusionPipeline",
+    ("torch", "diffusers", "transformers", "accelerate", "safetensors"),
+)
+RSS = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmRSS')))"
+
+
+def start_ups() -> list[StartUp]:
+    """Ours, and PyTorch with diffusers if they are installed."""
+    own = sum(path.stat().st_size for path in FOLDER.parent.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    rows = [start_up(*OURS, own)]
+    if "torch" in closure(("torch",)):
+        rows.append(start_up(*THEIRS))
+    return rows
+
+
+def start_up(name: str, code: str, roots: tuple[str, ...], more_bytes: int = 0) -> StartUp:
+    """Measure an import in new interpreters; what the interpreter itself takes is left out of the time.
+
+    Args:
+        code: that imports.
+        roots: distributions that it needs.
+        more_bytes: on disk, beside those.
+    """
+    runs = 3 if seconds(code) > SLOW else RUNS  # the first fills the caches
+    times = [seconds(code) - seconds("pass") for _ in range(runs)]
+    rss = subprocess.run([sys.executable, "-c", f"{code}\n{RSS}"], capture_output=True, text=True, check=True).stdout
+    size = more_bytes + sum(map(installed_bytes, closure(roots)))
+    return StartUp(name, statistics.median(times), int(rss.split()[-1]) / 2**10, size / 1e6)
+
+
+def closure(roots: tuple[str, ...]) -> set[str]:
+    """Names of installed distributions that the roots need, themselves included; extras are left out."""
+    found: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        try:
+            requires = distribution(name).requires or ()
+        except PackageNotFoundError:  # for another system
+            continue
+        found.add(name)
+        for requirement in requires:
+            needed, _, marker = requirement.partition(";")
+            if not re.search(r"extra|platform_system|sys_platform|python_version *<", marker):
+                waiting.append(re.split(r"[^\w.\-]", needed.strip(), maxsplit=1)[0].lower())
+    return found
+
+
+def installed_bytes(name: str) -> int:
+    """Size of a distribution's files on disk, bytecode caches left out."""
+    files = distribution(name).files or ()
+    paths = [Path(str(file.locate())) for file in files if file.suffix != ".pyc"]
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def seconds(code: str) -> float:
+    """Wall-clock time of a new interpreter that runs `code`."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - start
