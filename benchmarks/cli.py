@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ipa.benchmarks.report_cli import report
 from ipa.benchmarks.speed_cli import speed
 from ipa.engines.errors import IpaError
 
@@ -28,4 +29,5 @@ def main() -> None:
     """Measure speed and quality against PyTorch, and report both."""
 
 
+main.add_command(report)
 main.add_command(speed)

@@ -1,0 +1,61 @@
+"""Figures as text: three significant digits, intervals whose ends can be compared with the value, units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ipa.benchmarks.intervals import Interval
+
+MOST_DECIMALS = 6  # of an interval that ends close to what it is held against
+MISSING = "not measured"
+
+
+def figure(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits, without an exponent: `0.0123`, `1.50`, `7,910`."""
+    decimals = _decimals(value, digits)
+    return f"{round(value, decimals):,.{max(decimals, 0)}f}"
+
+
+def optional(value: float | None) -> str:
+    """The same of a figure that may be missing."""
+    return MISSING if value is None else figure(value)
+
+
+def percent(share: float) -> str:
+    """A share of 1 in per cent."""
+    return f"{figure(100 * share)} %"
+
+
+def spread(interval: Interval, against: float | None = None) -> str:
+    """A figure with its interval: `1.50 (1.46 to 1.55)`.
+
+    Args:
+        against: what the interval may cover: an end beside it gets as many decimals as it takes not to look like it.
+    """
+    decimals = max(_decimals(interval.value or interval.high or interval.low, 3), 0)
+    ends = (interval.low, interval.high)
+    while decimals < MOST_DECIMALS and any(end != against and round(end, decimals) == against for end in ends):
+        decimals += 1
+    value, low, high = (f"{number:,.{decimals}f}" for number in (interval.value, *ends))
+    return f"{value} (measured once)" if interval.count == 1 else f"{value} ({low} to {high})"
+
+
+def scaled(interval: Interval, factor: float) -> Interval:
+    """The interval in another unit; `factor` is positive."""
+    return Interval(interval.value * factor, interval.low * factor, interval.high * factor, interval.count)
+
+
+def inverse(interval: Interval) -> Interval:
+    """Of seconds for a thing: things in a second."""
+    return Interval(1 / interval.value, 1 / interval.high, 1 / interval.low, interval.count)
+
+
+def unit_of(seconds: Iterable[float]) -> tuple[str, float]:
+    """One unit for a column of times, `s` or `ms`, and how many of it are a second."""
+    return ("s", 1.0) if max(seconds, default=1.0) >= 1 else ("ms", 1000.0)
+
+
+def _decimals(value: float, digits: int) -> int:
+    """Decimals that show so many significant digits; negative left of the point."""
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value: 9.999 has that of 10.0
+    return digits - 1 - exponent if value else 0
