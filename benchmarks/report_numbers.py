@@ -37,7 +37,7 @@ def spread(interval: Interval, against: float | None = None) -> str:
     while decimals < MOST_DECIMALS and any(end != against and round(end, decimals) == against for end in ends):
         decimals += 1
     value, low, high = (f"{number:,.{decimals}f}" for number in (interval.value, *ends))
-    return f"{value} (measured once)" if interval.count == 1 else f"{value} ({low} to {high})"
+    return f"{value} (measured once)" if interval.count == 1 and low == high else f"{value} ({low} to {high})"
 
 
 def scaled(interval: Interval, factor: float) -> Interval:

@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,14 @@ def _sections(records: Sequence[tuple[Path, Record]]) -> list[Section]:
     for file, record in records:
         anchor = _anchor(file.stem, {section.anchor for section in sections})
         if isinstance(record, SpeedRecord):
-            sections.append(speed_section(record, anchor))
+            sections.append(speed_section(file.name, record, anchor))
         else:
-            sections.append(quality_section(record, anchor, _sheets(file, record, anchor), speeds))
-    return sections
+            sections.append(quality_section(file.name, record, anchor, _sheets(file, record, anchor), speeds))
+    titles = [section.title for section in sections]
+    return [
+        replace(section, title=f"{section.title} ({file.name})") if titles.count(section.title) > 1 else section
+        for section, (file, _) in zip(sections, records, strict=True)
+    ]
 
 
 def _anchor(stem: str, taken: set[str]) -> str:

@@ -17,13 +17,18 @@ class Table:
     Attributes:
         columns: headings, with the unit of the column.
         rows: as many cells each as there are columns; the first names the row.
-        is_prose: cells hold words, which may wrap; otherwise they hold figures.
+        words: columns that hold words, besides the first; the others hold figures.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    is_prose: bool = False
+    words: tuple[str, ...] = ()
+
+    @property
+    def is_prose(self) -> bool:
+        """Whether no column holds figures."""
+        return set(self.columns[1:]) <= set(self.words)
 
 
 @dataclass(frozen=True)
@@ -81,16 +86,18 @@ class Term:
 def not_measured(missing: list[NotMeasured]) -> list[Table]:
     """The rows that a run did without, and why; no table if there are none."""
     rows = tuple((row.name, row.reason) for row in missing)
-    return [Table("Not measured", ("What", "Why"), rows, is_prose=True)] if rows else []
+    return [Table("Not measured", ("What", "Why"), rows, ("Why",))] if rows else []
 
 
-def facts(setting: dict[str, object], labels: dict[str, str], origin: Origin) -> Table:
+def facts(file: str, setting: dict[str, object], labels: dict[str, str], origin: Origin) -> Table:
     """Setting, machine, versions and date of a record.
 
     Args:
+        file: name of the record.
         labels: of the setting's keys; a key without one is shown as it is.
     """
-    rows = [
+    rows = [("record", file)]
+    rows += [
         (labels.get(key, key.replace("_", " ")), words(value))
         for key, value in setting.items()
         if value is not None and value != ""
@@ -106,16 +113,17 @@ def facts(setting: dict[str, object], labels: dict[str, str], origin: Origin) ->
     rows.append(("machine", "; ".join(str(part) for part in described if part)))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in origin.versions.items())))
     rows.append(("measured", origin.created))
-    return Table("How and where", ("What", "Value"), tuple(rows), is_prose=True)
+    return Table("How and where", ("What", "Value"), tuple(rows), ("Value",))
 
 
 def lead(setting: dict[str, object], phrases: Sequence[str]) -> str:
     """The phrases whose `{key}`s are all in the setting, filled in."""
-    known = {key: value for key, value in setting.items() if value is not None}
+    known = {key: words(value) for key, value in setting.items() if value is not None}
     keys = [{key for _, key, _, _ in Formatter().parse(phrase) if key} for phrase in phrases]
-    return "; ".join(
-        phrase.format_map(known) for phrase, wanted in zip(phrases, keys, strict=True) if wanted <= set(known)
+    text = "; ".join(
+        phrase.format_map(known) for phrase, all_of in zip(phrases, keys, strict=True) if all_of <= set(known)
     )
+    return text[:1].upper() + text[1:]
 
 
 def words(value: object) -> str:

@@ -18,10 +18,19 @@ LABELS = {
     "width": "width, pixels",
     "steps": "denoising steps",
     "guidance_scale": "guidance scale",
+    "unet_sha256": "UNet, SHA-256",
+    "data_layout": "layout of the data",
+    "skipped": "skipped items of the data",
+    "is_image_only": "texts left out",
+    "torch": "PyTorch's device and dtype",
     "clip": "CLIP model",
+    "clip_sha256": "CLIP model, SHA-256",
     "dino": "DINO model",
-    "inception": "Inception weights",
+    "fid_implementation": "FID by",
     "fid_resize": "resizing for FID",
+    "fid_pictures": "pictures for FID",
+    "fid_interval": "interval of FID",
+    "sheet": "contact sheet",
 }
 LEAD = (
     "image prompts: {images}",
@@ -43,11 +52,12 @@ BASE, ENGINE = "base", "engine"
 
 
 def quality_section(
-    record: QualityRecord, anchor: str, sheets: Sequence[Picture], speeds: Sequence[tuple[str, SpeedRecord]]
+    file: str, record: QualityRecord, anchor: str, sheets: Sequence[Picture], speeds: Sequence[tuple[str, SpeedRecord]]
 ) -> Section:
     """The section of one quality record.
 
     Args:
+        file: name of the record.
         anchor: of the section; its plots' names begin with it.
         sheets: contact sheets, of the arms and of the sweep.
         speeds: records, by file name, that may be of the same model.
@@ -67,7 +77,7 @@ def quality_section(
         pictures=(*(picture for picture in pictures if picture is not None), *sheets),
         tables=tuple(_tables(record)),
         command=record.origin.command,
-        facts=facts(setting, LABELS, record.origin),
+        facts=facts(file, setting, LABELS, record.origin),
     )
 
 
@@ -139,7 +149,7 @@ def _arms(arms: Sequence[Quality]) -> Table:
         for arm, *values in zip(arms, *shown.values(), strict=True)
     ]
     columns = ("Arm", "What it is", *shown, "Seconds per image, median")
-    return Table("Likeness, with 95 % intervals", columns, tuple(rows))
+    return Table("Likeness, with 95 % intervals", columns, tuple(rows), ("What it is",))
 
 
 def _differences(differences: Sequence[Difference]) -> Table:

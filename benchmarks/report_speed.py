@@ -32,16 +32,19 @@ LEAD = (
     "{scheduler}",
     "guidance scale {guidance_scale}",
     "image tokens: {image_tokens}",
-    "on {device}",
+    "machine: {device}",
 )
 STAGES = {"text": "text encoder", "image": "image encoder", "adapter": "IP-Adapter", "vae_decoder": "VAE decoder"}
+RATES = {"matmul_gflops": ("matrix product,", "GFLOP/s"), "bandwidth_gb_per_second": ("memory bandwidth", "GB/s")}
+NONE = "none in this run"
 NO_DIFFERENCE = "no difference that this run could tell"
 
 
-def speed_section(record: SpeedRecord, anchor: str) -> Section:
+def speed_section(file: str, record: SpeedRecord, anchor: str) -> Section:
     """The section of one speed record.
 
     Args:
+        file: name of the record.
         anchor: of the section; its plots' names begin with it.
     """
     setting, machine = record.setting, record.origin.machine
@@ -62,11 +65,11 @@ def speed_section(record: SpeedRecord, anchor: str) -> Section:
         pictures=tuple(plot for plot in plots if plot is not None),
         tables=tuple(_tables(record)),
         command=record.origin.command,
-        facts=facts(setting, LABELS, record.origin),
+        facts=facts(file, setting, LABELS, record.origin),
     )
 
 
-def verdict(ratio: Interval, name: str, baseline: str) -> str:
+def _verdict(ratio: Interval, name: str, baseline: str) -> str:
     """One contender against the baseline, in a sentence without its full stop."""
     if ratio.covers(1):
         return f"Between {name} and {baseline} there is {NO_DIFFERENCE}: a ratio of {spread(ratio, 1)}"
@@ -91,7 +94,15 @@ def _headlines(record: SpeedRecord) -> list[str]:
     if is_null_broken(record):
         return ["No ratio of this run should be believed: its baseline differs from itself."]
     compared = [row for row in record.contenders if row.ratio is not None]
-    sentences = [f"{verdict(row.ratio, row.name, record.baseline)}." for row in compared if row.ratio is not None]
+    dtypes = {row.name: row.dtype for row in record.contenders}
+
+    def named(name: str) -> str:
+        is_alike = all(dtypes.get(record.baseline) == row.dtype for row in compared)
+        return name if is_alike or name not in dtypes else f"{name} in {dtypes[name]}"
+
+    sentences = [
+        f"{_verdict(row.ratio, named(row.name), named(record.baseline))}." for row in compared if row.ratio is not None
+    ]
     if not compared:
         sentences = [
             f"{row.name} makes {spread(inverse(row.step_seconds))} steps per second; nothing was compared with it."
@@ -158,7 +169,7 @@ def _loop(record: SpeedRecord) -> Table:
         *([f"Step by the device's events, {unit}"] if has_events else []),
         *("Steps per second", f"Floor of a step, {unit}", "Step over floor", "Warm-up"),
     ]
-    return Table("Denoising loop", tuple(columns), tuple(rows))
+    return Table("Denoising loop", tuple(columns), tuple(rows), ("What it is", "dtype", "Warm-up"))
 
 
 def _whole(record: SpeedRecord) -> Table:
@@ -177,48 +188,47 @@ def _whole(record: SpeedRecord) -> Table:
 
 
 def _cost(record: SpeedRecord) -> Table:
-    rows = [
-        (
-            *(row.name, figure(row.first_call_seconds), figure(row.load_seconds), optional(row.build_seconds)),
-            *(figure(row.peak_host_mib), optional(row.peak_device_mib)),
-        )
-        for row in record.contenders
+    """Columns that no contender has a figure for are left out."""
+    has_build = any(row.build_seconds is not None for row in record.contenders)
+    has_device = any(row.peak_device_mib is not None for row in record.contenders)
+    rows = []
+    for row in record.contenders:
+        cells = [row.name, figure(row.first_call_seconds), figure(row.load_seconds)]
+        cells += [NONE if row.build_seconds is None else figure(row.build_seconds)] if has_build else []
+        rows.append((*cells, figure(row.peak_host_mib), *([optional(row.peak_device_mib)] if has_device else [])))
+    columns = [
+        *("Contender", "First call, s", "Load, s", *(["Build, s"] if has_build else []), "Peak host memory, MiB"),
+        *(["Peak device memory, MiB"] if has_device else []),
     ]
-    columns = ("Contender", "First call, s", "Load, s", "Build, s", "Peak host memory, MiB", "Peak device memory, MiB")
-    return Table("Before the first picture, and memory", columns, tuple(rows))
+    return Table("Before the first picture, and memory", tuple(columns), tuple(rows))
 
 
 def _overhead(record: SpeedRecord) -> Table:
-    seconds = [value for row in record.overhead for value in (row.with_seconds, row.without_seconds)]
-    unit, _, text = _times_of(seconds)
+    unit, _, text = _times_of([time for row in record.overhead for time in (row.with_seconds, row.without_seconds)])
     rows = []
     for row in record.overhead:
-        change = figure(abs(100 * (row.ratio.value - 1)))
-        told = NO_DIFFERENCE if row.ratio.covers(1) else f"{change} % {'slower' if row.ratio.value > 1 else 'faster'}"
+        ratio = row.ratio
+        longer = scaled(Interval(ratio.value - 1, ratio.low - 1, ratio.high - 1, ratio.count), 100)
+        told = NO_DIFFERENCE if ratio.covers(1) else f"{spread(longer, 0)} %"
         times = (text(row.with_seconds), text(row.without_seconds))
-        rows.append((row.name, row.contender, str(row.tokens), *times, spread(row.ratio, 1), told))
+        rows.append((row.name, row.contender, str(row.tokens), *times, spread(ratio, 1), told))
     columns = (
         *("What", "Contender", "Image tokens", f"Step with, {unit}", f"Step without, {unit}"),
-        *("With over without", "With the image prompt"),
+        *("With over without", "More time with it"),
     )
-    return Table("What the image prompt costs a step", columns, tuple(rows))
+    return Table("What the image prompt costs a step", columns, tuple(rows), ("Contender", "More time with it"))
 
 
 def _floor(record: SpeedRecord) -> list[Table]:
     """What the floor was computed from: the work, and the rates of this machine."""
-    rows = [
-        (f"{STAGES.get(name, name.replace('_', ' '))}, one call", f"{figure(value, 4)} GFLOP")
-        for name, value in record.gflop.items()
-    ]
+    names = {name: STAGES.get(name, name.replace("_", " ")) for name in record.gflop} | {"unet": "UNet, a step"}
+    rows = [(names[name], f"{figure(value, 5)} GFLOP") for name, value in record.gflop.items()]
     for name, value in record.rates.items():
         label, unit = RATES.get(name, (name.replace("_", " "), ""))
         for key, rate in value.items() if isinstance(value, dict) else [("", value)]:
             text = figure(float(rate)) if isinstance(rate, int | float) else str(rate)
             rows.append((f"{label} {key}".strip(), f"{text} {unit}".strip()))
-    return [Table("Work of a call, and rates of this machine", ("What", "Value"), tuple(rows))] if rows else []
-
-
-RATES = {"matmul_gflops": ("matrix product,", "GFLOP/s"), "bandwidth_gb_per_second": ("memory bandwidth", "GB/s")}
+    return [Table("Operations of the model, and rates of this machine", ("What", "Value"), tuple(rows))] if rows else []
 
 
 def _times_of(seconds: Sequence[float]) -> tuple[str, float, Callable[[float | None], str]]:

@@ -9,9 +9,9 @@ from ipa.benchmarks.report_parts import Section, Term
 _ALWAYS = [
     Term(
         "Interval",
-        "A figure is followed by its 95 % bootstrap interval, as in 1.50 (1.46 to 1.55): of repetitions of this "
-        "run, about 95 in 100 would give a figure in it. It covers what varied within the run, not a change of "
-        "machine or version.",
+        "A figure is followed by its 95 % bootstrap interval, as in 1.50 (1.46 to 1.55): its measurements are "
+        "drawn again 10,000 times, and 95 % of what that gives lies in it. It covers what varied within the run, not "
+        "a change of machine or version.",
     ),
 ]
 _SPEED = [
