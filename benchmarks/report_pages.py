@@ -24,6 +24,7 @@ from ipa.engines.errors import IpaError
 from ipa.trainer.files import atomic_path
 
 TEMPLATES = Path(__file__).parent / "templates"
+NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # what UTF-8 or XML cannot hold
 FOLDER = "report"  # of the Markdown page's pictures, beside it
 SHEETS = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}  # formats of Pillow, kinds of picture
 
@@ -69,7 +70,7 @@ def write_report(records: Sequence[tuple[Path, Record]], output: Path) -> list[P
     pages = {output / "report.md": _markdown(sections), output / "report.html": _html(sections)}
     try:
         (output / FOLDER).mkdir(parents=True, exist_ok=True)
-        for picture in (picture for section in sections for picture in section.pictures):
+        for picture in (picture for section in sections for picture in (*section.plots, *section.sheets)):
             with atomic_path(output / FOLDER / file_name(picture)) as temporary:
                 temporary.write_bytes(_standalone(picture.data) if picture.kind == "svg" else picture.data)
         for file, text in pages.items():
@@ -114,15 +115,17 @@ def _anchor(stem: str, taken: set[str]) -> str:
 
 
 def _check(file: Path, record: Record) -> None:
-    """What the types cannot tell: figures are numbers, times are positive, names are there once."""
+    """What the types cannot tell: figures are finite, steps take time, names can be printed and are there once."""
 
     def refuse(what: str) -> None:
         kind = "speed" if isinstance(record, SpeedRecord) else "quality"
         raise IpaError(f"{file}: {what}; run `ipa-bench {kind}` again")
 
-    for where, number in _numbers(asdict(record), ""):
-        if not math.isfinite(number):
-            refuse(f"'{where}' is {number}, expected a finite number")
+    for where, value in _leaves(asdict(record), ""):
+        if isinstance(value, float) and not math.isfinite(value):
+            refuse(f"'{where}' is {value}, expected a finite number")
+        if isinstance(value, str) and NO_TEXT.search(value):
+            refuse(f"'{where}' is {value!a}, expected characters that can be printed")
     if isinstance(record, SpeedRecord):
         names = [row.name for row in record.contenders]
         for row in record.contenders:
@@ -143,13 +146,15 @@ def _check(file: Path, record: Record) -> None:
         refuse(f"'{name}' is there more than once")
 
 
-def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, float):
-        yield where, value
-    elif isinstance(value, dict | list):
+def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a record, with the way to each."""
+    if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
-            yield from _numbers(item, f"{where}.{key}" if where else str(key))
+            yield where, key
+            yield from _leaves(item, f"{where}.{key}" if where else str(key))
+    else:
+        yield where, value
 
 
 def _sheets(file: Path, record: QualityRecord, anchor: str) -> list[Picture]:

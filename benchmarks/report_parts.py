@@ -69,7 +69,8 @@ class Section:
     headlines: tuple[str, ...]
     warnings: tuple[str, ...]
     remarks: tuple[str, ...]
-    pictures: tuple[Picture, ...]
+    plots: tuple[Picture, ...]
+    sheets: tuple[Picture, ...]
     tables: tuple[Table, ...]
     command: str
     facts: Table

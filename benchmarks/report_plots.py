@@ -19,14 +19,14 @@ from ipa.benchmarks.records import SpeedRecord, Sweep
 from ipa.benchmarks.report_numbers import figure, inverse, spread
 from ipa.benchmarks.report_parts import Picture
 
-WIDTH = 4.9  # inches: as wide as a phone, so that 9 points are readable there
-ROW = 0.34  # inches
+WIDTH = 4.9  # inches: as wide as a phone, so that the letters are readable there
+ROW = 0.36  # inches
 # Of middling lightness: at least 3 to 1 against white and against a dark page.
 COLOURS = ("#3b82c4", "#d9730d", "#2e9e5b", "#9a6dd7", "#d6524f", "#1f9aa8", "#a9784f", "#c2559d")
 QUIET = "#808890"
 _TEXT = "#010203"  # becomes the page's own text colour
 _STYLE: dict[Any, Any] = {
-    "font.size": 9,
+    "font.size": 10.5,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "text.color": _TEXT,
@@ -128,11 +128,11 @@ def plot_stages(name: str, record: SpeedRecord, titles: dict[str, str]) -> Pictu
         _rows(axes, [row.name for row in record.contenders])
         axes.set_xlim(0, 1.22 * max(starts))
         axes.set_xlabel("seconds of a call")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8, borderaxespad=0.2)
+        drawn.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9.5)
 
     images = record.setting.get("images", 1)
     caption = f"Time of a call (images: {images}, steps: {steps}) by stage, from the medians."
-    return _draw(name, caption, len(record.contenders) + 0.7 * -(-len(parts) // 3), paint)
+    return _draw(name, caption, len(record.contenders) + 0.55 * -(-len(parts) // 2), paint)
 
 
 def plot_quality_against_speed(name: str, points: Sequence[Point], joined: str) -> Picture:
@@ -144,25 +144,22 @@ def plot_quality_against_speed(name: str, points: Sequence[Point], joined: str) 
 
     def paint(drawn: Figure) -> None:
         axes = drawn.add_subplot()
-        fastest = max(point.images_per_second for point in points)
         for number, point in enumerate(points):
-            colour = COLOURS[number % len(COLOURS)]
-            ends, x = _ends(point.clip_i), point.images_per_second
-            axes.errorbar(x, point.clip_i.value, yerr=ends, color=colour, marker="o", capsize=3, linestyle="none")
-            is_right = x > 0.6 * fastest
-            axes.annotate(
-                point.name,
-                (x, point.clip_i.value),
-                xytext=(-7 if is_right else 7, 0),
-                textcoords="offset points",
-                ha="right" if is_right else "left",
-                va="center",
+            axes.errorbar(
+                *(point.images_per_second, point.clip_i.value),
+                yerr=_ends(point.clip_i),
+                color=COLOURS[number % len(COLOURS)],
+                marker="o",
+                capsize=3,
+                linestyle="none",
+                label=_short(point.name),
             )
-        axes.set_xlim(0, 1.1 * fastest)
+        axes.set_xlim(0, 1.1 * max(point.images_per_second for point in points))
         axes.margins(y=0.25)
         axes.set_xlabel("images per second")
         axes.set_ylabel("CLIP-I, cosine")
         axes.grid()
+        drawn.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9.5)
 
     return _draw(name, f"CLIP-I over speed, with 95 % intervals of CLIP-I. {joined}", 7, paint)
 
@@ -188,7 +185,7 @@ def plot_sweep(name: str, sweep: Sweep) -> Picture:
 def _draw(name: str, caption: str, rows: float, paint: Callable[[Figure], None]) -> Picture:
     """What `paint` draws, as tall as so many rows."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        drawn = Figure(figsize=(WIDTH, ROW * rows + 0.75), layout="constrained")
+        drawn = Figure(figsize=(WIDTH, ROW * rows + 0.85), layout="constrained")
         paint(drawn)
         buffer = io.StringIO()
         FigureCanvasSVG(drawn)
@@ -225,11 +222,12 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _short(name: str) -> str:
+    name = " ".join(name.split())
     return name if len(name) <= 28 else f"{name[:27]}…"
 
 
 def _label(axes: Axes, x: float, y: float, text: str) -> None:
-    axes.annotate(text, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.annotate(text, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9.5)
 
 
 def _ends(interval: Interval) -> list[list[float]]:

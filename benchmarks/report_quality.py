@@ -63,9 +63,9 @@ def quality_section(
         speeds: records, by file name, that may be of the same model.
     """
     setting = record.setting
-    pictures = [_beside_speed(record, anchor, speeds)]
+    plots = [_beside_speed(record, anchor, speeds)]
     if record.sweep is not None:
-        pictures.append(plot_sweep(f"{anchor}-sweep", record.sweep))
+        plots.append(plot_sweep(f"{anchor}-sweep", record.sweep))
     return Section(
         kind="quality",
         anchor=anchor,
@@ -74,7 +74,8 @@ def quality_section(
         headlines=tuple(_headlines(record)),
         warnings=(),
         remarks=(),
-        pictures=(*(picture for picture in pictures if picture is not None), *sheets),
+        plots=tuple(plot for plot in plots if plot is not None),
+        sheets=tuple(sheets),
         tables=tuple(_tables(record)),
         command=record.origin.command,
         facts=facts(file, setting, LABELS, record.origin),

@@ -62,7 +62,8 @@ def speed_section(file: str, record: SpeedRecord, anchor: str) -> Section:
         headlines=tuple(_headlines(record)),
         warnings=tuple(_warnings(record)),
         remarks=tuple(_remarks(record)),
-        pictures=tuple(plot for plot in plots if plot is not None),
+        plots=tuple(plot for plot in plots if plot is not None),
+        sheets=(),
         tables=tuple(_tables(record)),
         command=record.origin.command,
         facts=facts(file, setting, LABELS, record.origin),
@@ -93,16 +94,15 @@ def _interval(ratio: Interval) -> str:
 def _headlines(record: SpeedRecord) -> list[str]:
     if is_null_broken(record):
         return ["No ratio of this run should be believed: its baseline differs from itself."]
-    compared = [row for row in record.contenders if row.ratio is not None]
+    compared = [(row, row.ratio) for row in record.contenders if row.ratio is not None]
     dtypes = {row.name: row.dtype for row in record.contenders}
-
-    def named(name: str) -> str:
-        is_alike = all(dtypes.get(record.baseline) == row.dtype for row in compared)
-        return name if is_alike or name not in dtypes else f"{name} in {dtypes[name]}"
-
-    sentences = [
-        f"{_verdict(row.ratio, named(row.name), named(record.baseline))}." for row in compared if row.ratio is not None
-    ]
+    baseline = dtypes.get(record.baseline)
+    sentences = []
+    for row, ratio in compared:
+        name, against = row.name, record.baseline
+        if baseline is not None and row.dtype != baseline:
+            name, against = f"{name} in {row.dtype}", f"{against} in {baseline}"
+        sentences.append(f"{_verdict(ratio, name, against)}.")
     if not compared:
         sentences = [
             f"{row.name} makes {spread(inverse(row.step_seconds))} steps per second; nothing was compared with it."
@@ -139,7 +139,7 @@ def _remarks(record: SpeedRecord) -> list[str]:
 
 
 def _tables(record: SpeedRecord) -> list[Table]:
-    tables = [_loop(record), _whole(record), _cost(record)] if record.contenders else []
+    tables = [_contenders(record), _loop(record), _whole(record), _cost(record)] if record.contenders else []
     if record.overhead:
         tables.append(_overhead(record))
     if record.start_up:
@@ -152,6 +152,16 @@ def _tables(record: SpeedRecord) -> list[Table]:
     return [*tables, *_floor(record), *not_measured(record.not_measured)]
 
 
+def _contenders(record: SpeedRecord) -> Table:
+    rows = []
+    for row in record.contenders:
+        blocks = "block" if row.warm_up_blocks == 1 else "blocks"
+        warm_up = f"{'settled' if row.is_settled else 'not settled'} after {row.warm_up_blocks} {blocks}"
+        rows.append((row.name, row.title, row.dtype, warm_up))
+    columns = ("Contender", "What it is", "dtype", "Warm-up")
+    return Table("Contenders", columns, tuple(rows), columns[1:])
+
+
 def _loop(record: SpeedRecord) -> Table:
     unit, factor, text = _times_of([row.step_seconds.value for row in record.contenders])
     has_events = any(row.device_step_seconds is not None for row in record.contenders)
@@ -160,16 +170,14 @@ def _loop(record: SpeedRecord) -> Table:
         step = row.step_seconds
         ratio = spread(row.ratio, 1) if row.ratio else "1 (baseline)" if row.name == record.baseline else MISSING
         by_device = [text(row.device_step_seconds)] if has_events else []
-        cells = [row.name, row.title, row.dtype, ratio, spread(scaled(step, factor)), *by_device, spread(inverse(step))]
-        blocks = "block" if row.warm_up_blocks == 1 else "blocks"
-        warm_up = f"{'settled' if row.is_settled else 'not settled'} after {row.warm_up_blocks} {blocks}"
-        rows.append((*cells, text(row.floor_seconds), optional(row.times_floor), warm_up))
+        cells = [row.name, ratio, spread(scaled(step, factor)), *by_device, spread(inverse(step))]
+        rows.append((*cells, text(row.floor_seconds), optional(row.times_floor)))
     columns = [
-        *("Contender", "What it is", "dtype", f"Times as fast as {record.baseline}", f"Step, {unit}"),
+        *("Contender", f"Times as fast as {record.baseline}", f"Step, {unit}"),
         *([f"Step by the device's events, {unit}"] if has_events else []),
-        *("Steps per second", f"Floor of a step, {unit}", "Step over floor", "Warm-up"),
+        *("Steps per second", f"Floor of a step, {unit}", "Step over floor"),
     ]
-    return Table("Denoising loop", tuple(columns), tuple(rows), ("What it is", "dtype", "Warm-up"))
+    return Table("Denoising loop", tuple(columns), tuple(rows))
 
 
 def _whole(record: SpeedRecord) -> Table:
@@ -221,7 +229,9 @@ def _overhead(record: SpeedRecord) -> Table:
 
 def _floor(record: SpeedRecord) -> list[Table]:
     """What the floor was computed from: the work, and the rates of this machine."""
-    names = {name: STAGES.get(name, name.replace("_", " ")) for name in record.gflop} | {"unet": "UNet, a step"}
+    names = {name: STAGES.get(name, name.replace("_", " ")) for name in record.gflop} | {
+        "unet": "UNet, a step of the whole batch"
+    }
     rows = [(names[name], f"{figure(value, 5)} GFLOP") for name, value in record.gflop.items()]
     for name, value in record.rates.items():
         label, unit = RATES.get(name, (name.replace("_", " "), ""))

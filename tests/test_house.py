@@ -119,7 +119,7 @@ def test_the_wheel_holds_every_module_and_the_demo(tmp_path: Path) -> None:
         for path in (copy / folder).rglob("*.py"):
             assert f"ipa/{path.relative_to(copy)}" in held
     assets = (*(copy / "runtime" / "assets").rglob("*"), *(copy / "export" / "assets").rglob("*"))
-    for path in (*assets, *(copy / "engines").glob("*.ptx")):
+    for path in (*assets, *(copy / "engines").glob("*.ptx"), *(copy / "benchmarks" / "templates").iterdir()):
         if path.is_file():
             assert f"ipa/{path.relative_to(copy)}" in held
     assert not any(name.startswith(("tests/", "trainer/", "runtime/", "export/")) for name in held)

@@ -1,0 +1,371 @@
+"""`ipa-bench report`: what a record says is on both pages, exactly, and nothing else is."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from ipa.benchmarks.cli import main
+from ipa.benchmarks.intervals import Interval
+from ipa.benchmarks.records import (
+    Difference,
+    NotMeasured,
+    Origin,
+    Overhead,
+    Quality,
+    QualityRecord,
+    Record,
+    Speed,
+    SpeedRecord,
+    StartUp,
+    Sweep,
+    write_record,
+)
+from ipa.benchmarks.report_numbers import figure, spread
+from ipa.benchmarks.report_pages import read_records, write_report
+
+HOSTILE = "<script>alert(1)</script> $x$ | *a* `b` & \"c\" <!-- id='z'"
+MACHINE = {"system": "Linux x86_64", "cpu": "Test CPU 3000", "cores": 2, "memory_gib": 15.6, "gpu": ""}
+ORIGIN = Origin(
+    "ipa-bench speed --output out", "2026-01-02T03:04:05+00:00", MACHINE, {"torch": "2.13.0", "numpy": "2.4"}
+)
+SETTING: dict[str, Any] = {
+    **{"model": "demo", "model_title": "the demo model", "task": "variation", "images": 2, "unet_batch": 4},
+    **{"height": 64, "width": 72, "steps": 25, "scheduler": "ddim", "guidance_scale": 3.5, "pairs": 9, "threads": 2},
+}
+
+
+def contender(name: str, step: float = 2.0, ratio: Interval | None = None, **fields: Any) -> Speed:
+    usual: dict[str, Any] = {
+        **{"title": f"what {name} is", "dtype": "float32", "step_seconds": Interval(step, step - 0.25, step + 0.25, 9)},
+        **{"device_step_seconds": None, "ratio": ratio, "stage_seconds": {}, "seconds_per_image": 25.5},
+        **{"images_per_second": 0.0392, "first_call_seconds": 8.12, "load_seconds": 4.56, "build_seconds": None},
+        **{"peak_host_mib": 5316.0, "peak_device_mib": None, "floor_seconds": None, "times_floor": None},
+        **{"warm_up_blocks": 3, "is_settled": True},
+    }
+    return Speed(name=name, **(usual | fields))
+
+
+def speed(*contenders: Speed, **fields: Any) -> SpeedRecord:
+    usual: dict[str, Any] = {
+        **{"origin": ORIGIN, "setting": SETTING, "gflop": {}, "rates": {}, "baseline": "torch-eager"},
+        **{"null": Interval(1.0, 0.99, 1.01, 9), "contenders": list(contenders)},
+    }
+    return SpeedRecord(**(usual | fields))
+
+
+BASELINE = contender("torch-eager")
+FULL_SPEED = speed(
+    contender("torch-eager", stage_seconds={"text": 0.123, "image": 0.321, "vae_decoder": 1.47}),
+    contender("torch-compile", 1.9, Interval(1.03, 0.98, 1.07, 9), is_settled=False, warm_up_blocks=10),
+    contender(
+        "onnxruntime",
+        1.25,
+        Interval(1.504, 1.461, 1.552, 9),
+        **{"dtype": "bfloat16", "device_step_seconds": 1.19, "stage_seconds": {"text": 0.0456, "adapter": 0.00789}},
+        **{"build_seconds": 77.7, "peak_device_mib": 1234.0, "floor_seconds": 1.11, "times_floor": 1.126},
+    ),
+    contender(HOSTILE, 4.0, Interval(0.5, 0.48, 0.52, 9)),
+    gflop={"unet": 803.3, "vae_decoder": 2514.5},
+    rates={"matmul_gflops": {"float32": 188.4}, "bandwidth_gb_per_second": 12.7},
+    overhead=[
+        Overhead("hoisted, 4 tokens", "onnxruntime", 4, 1.26, 1.25, Interval(1.004, 0.997, 1.012, 9)),
+        Overhead("in the graph", "torch-eager", 16, 2.11, 2.0, Interval(1.055, 1.051, 1.062, 9)),
+    ],
+    start_up=[StartUp("torch + diffusers", 6.31, 612.0, 1893.0)],
+    not_measured=[NotMeasured("tensorrt", "no NVIDIA GPU")],
+)
+ARMS = [
+    Quality(
+        "engine",
+        "ours",
+        Interval(0.812, 0.801, 0.823, 64),
+        Interval(0.254, 0.248, 0.258, 64),
+        Interval(0.611, 0.595, 0.633, 64),
+        Interval(23.4, 22.7, 24.3, 64),
+        {"foreground colour": 0.953},
+        0.412,
+    ),
+    Quality("torch-eager", "diffusers", Interval(0.813, 0.802, 0.824, 64), None, None, None, {}, 0.702),
+    Quality("base", "no image prompt", Interval(0.552, 0.531, 0.574, 64), None, None, None, {}, 0.388),
+]
+FULL_QUALITY = QualityRecord(
+    replace(ORIGIN, command="ipa-bench quality --samples 4"),
+    {
+        **SETTING,
+        "bundle": "demo",
+        "images": 64,
+        "samples": 4,
+        "engine": "onnxruntime",
+        "fid_resize": "299x299, bicubic",
+    },
+    ARMS,
+    [Difference("engine", "torch-eager", Interval(45.2, 44.1, 46.3, 64), 38.8, Interval(0.021, 0.019, 0.024, 64))],
+    Sweep([0.0, 0.25, 1.0], [0.552, 0.667, 0.812], [0.281, 0.272, 0.254], "sweep.png"),
+    [NotMeasured("DINO of base", "no --dino DIR")],
+)
+# Of the two records above, as a reader wants them: from their numbers by hand.
+SHOWN = [
+    *("1.50 (1.46 to 1.55)", "1.03 (0.98 to 1.07)", "0.500 (0.480 to 0.520)", "1 (baseline)"),
+    *("2.00 (1.75 to 2.25)", "0.500 (0.444 to 0.571)", "1.25 (1.00 to 1.50)", "0.800 (0.667 to 1.000)"),
+    *("1.19", "1.11", "1.13", "25.5", "0.0392", "123", "45.6", "321", "7.89", "1.47", "8.12", "4.56", "77.7", "5,320"),
+    *("1,230", "803.30 GFLOP", "2,514.5 GFLOP", "188 GFLOP/s", "12.7 GB/s", "settled after 3 blocks"),
+    *("not settled after 10 blocks", "1.004 (0.997 to 1.012)", "no difference that this run could tell"),
+    *("1.05 (1.05 to 1.06)", "5.50 (5.10 to 6.20) %", "6.31", "612", "1,890", "tensorrt", "no NVIDIA GPU"),
+    *("Test CPU 3000", "15.6 GiB", "torch 2.13.0", "GPU: none", "2026-01-02T03:04:05+00:00", "72x64 pixels"),
+    *("ipa-bench speed --output out", "ipa-bench quality --samples 4", "guidance scale 3.5", "speed.json"),
+    *("0.812 (0.801 to 0.823)", "0.254 (0.248 to 0.258)", "0.635 (0.620 to 0.645)", "25.4 (24.8 to 25.8)"),
+    *("0.611 (0.595 to 0.633)", "23.4 (22.7 to 24.3)", "95.3 %", "0.412", "45.2 (44.1 to 46.3)", "38.8"),
+    *("0.0210 (0.0190 to 0.0240)", "0.667", "0.281", "0.272", "299x299, bicubic", "no --dino DIR"),
+]
+SENTENCES = [
+    "onnxruntime in bfloat16 is 1.50 times as fast as torch-eager in float32 (1.46 to 1.55).",
+    "Between torch-compile and torch-eager there is no difference that this run could tell: "
+    "a ratio of 1.03 (0.98 to 1.07).",
+    f"{HOSTILE} is 0.500 times as fast as torch-eager (0.480 to 0.520), which is slower.",
+    "Null: torch-eager against itself came out at 1.00 (0.99 to 1.01), which covers 1, as it must.",
+    "Warm-up did not settle for torch-compile:",
+    "With the image prompt, pictures are more like it than without, by 0.260 in CLIP-I; the intervals do not overlap.",
+    "Images per second are those of speed.json, joined by model, size, steps and scheduler",
+]
+
+
+class Page(HTMLParser):
+    """An HTML page taken apart."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.pieces: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.pieces.append(data)
+
+
+def plain(markdown: str) -> str:
+    """Markdown as a reader sees it."""
+    return html.unescape(re.sub(r"\\([\\`*_\[\]|~$])", r"\1", markdown))
+
+
+def write(folder: Path, **records: Record) -> Path:
+    """Records in a folder, with a contact sheet and a JSON file of another kind."""
+    folder.mkdir(exist_ok=True)
+    for name, record in records.items():
+        write_record(record, folder / f"{name}.json")
+    Image.new("RGB", (40, 30), "red").save(folder / "sweep.png")
+    (folder / "other.json").write_text('{"command": "of another benchmark"}')
+    return folder
+
+
+def pages(folder: Path, output: Path) -> tuple[str, str]:
+    markdown, page = write_report(read_records([folder]), output)
+    return markdown.read_text("utf-8"), page.read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("full") / "records", speed=FULL_SPEED, quality=FULL_QUALITY)
+
+
+@pytest.fixture(scope="module")
+def full(records: Path) -> tuple[str, str]:
+    return pages(records, records.parent / "report")
+
+
+def test_both_pages_show_every_figure(full: tuple[str, str]) -> None:
+    markdown, page = full
+    cells = {cell.strip(" |") for line in plain(markdown).splitlines() for cell in line.split(" | ")}
+    seen = {"Markdown": plain(markdown), "HTML": " ".join(Page(page).pieces)}
+    for name, text in seen.items():
+        for shown in SHOWN:
+            assert re.search(rf"(?<![\w.,]){re.escape(shown)}(?!,?\d)", text), f"{name} lacks {shown}"
+        for sentence in SENTENCES:
+            assert sentence in re.sub(r"\s+", " ", text), f"{name} lacks {sentence}"
+    assert {"not measured", "none in this run", "no difference that this run could tell"} <= cells
+
+
+def test_the_html_page_needs_nothing_else_and_runs_nothing(full: tuple[str, str]) -> None:
+    page = Page(full[1])
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset", "data")]
+    assert links and all(link.startswith(("#", "data:image/")) for link in links)
+    assert not re.search(r"@import|url\((?!#)", full[1])
+    ids = Counter(value for name, value in page.attributes if name == "id")
+    assert set(ids.values()) == {1}
+    wanted = {link[1:] for link in links if link.startswith("#")} | set(re.findall(r"url\(#([^)]+)\)", full[1]))
+    assert wanted <= set(ids)
+    assert page.tags.count("svg") == 5 and page.tags.count("img") == 1
+
+
+def test_markdown_lets_no_name_through_as_markup(full: tuple[str, str]) -> None:
+    assert "<script" not in full[0]
+    heads = [line for line in full[0].splitlines() if line.startswith("| ")]
+    for line in heads:  # a `|` in a name makes no column
+        assert len(re.findall(r"(?<!\\)\|", line)) >= 3
+    row = next(line for line in heads if "script" in line and "what" in line)
+    assert len(re.findall(r"(?<!\\)\|", row)) == 5
+
+
+def test_markdown_names_the_files_beside_it(full: tuple[str, str], records: Path) -> None:
+    output = records.parent / "report"
+    named = re.findall(r"\]\((report/[^)]+)\)", full[0])
+    assert len(named) == 6
+    assert {f"report/{file.name}" for file in (output / "report").iterdir()} == set(named)
+    for name in named:
+        if name.endswith(".svg"):
+            drawn = ElementTree.parse(output / name).getroot()
+            assert drawn.tag == "{http://www.w3.org/2000/svg}svg"
+    assert (output / "report/quality-sweep-sheet.png").read_bytes() == (records / "sweep.png").read_bytes()
+
+
+def test_plots_show_names_and_values(full: tuple[str, str], records: Path) -> None:
+    ratios = ElementTree.parse(records.parent / "report/report/speed-ratios.svg").getroot()
+    texts = {"".join(text.itertext()) for text in ratios.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"null: torch-eager", "torch-compile", "onnxruntime", "1.50", "0.500", "1.03"} <= texts
+    joined = ElementTree.parse(records.parent / "report/report/quality-speed.svg").getroot()
+    names = {"".join(text.itertext()) for text in joined.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"onnxruntime", "torch-eager"} <= names and "base" not in names
+
+
+def test_the_command_writes_the_same_bytes_again(full: tuple[str, str], records: Path, tmp_path: Path) -> None:
+    code = "from ipa.benchmarks.cli import main; main()"
+    command = [sys.executable, "-c", code, "report", "--records", str(records), "--output", str(tmp_path / "again")]
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "again/report.md"), str(tmp_path / "again/report.html")]
+    first, second = (
+        {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        for folder in (records.parent / "report", tmp_path / "again")
+    )
+    assert first == second
+
+
+def test_a_broken_null_takes_every_ratio_with_it(tmp_path: Path) -> None:
+    record = speed(BASELINE, contender("x", 1.0, Interval(2.0, 1.9, 2.1, 9)), null=Interval(1.04, 1.02, 1.06, 9))
+    for text in pages(write(tmp_path / "r", speed=record), tmp_path / "o"):
+        assert "No ratio of this run should be believed" in text
+        assert "came out at 1.04 (1.02 to 1.06), which does not cover 1" in text
+        assert "times as fast as torch-eager (" not in text
+
+
+def test_odd_records(tmp_path: Path) -> None:
+    """No null, one contender, none at all, nothing but what must be there."""
+    folder = write(
+        tmp_path / "r",
+        alone=speed(BASELINE, null=None, setting={}),
+        no_null=speed(BASELINE, contender("x", 1.0, Interval(2.0, 1.9, 2.1, 9)), null=None),
+        none=speed(not_measured=[NotMeasured("torch-eager", "out of memory")]),
+        quality=QualityRecord(
+            ORIGIN, {}, [replace(ARMS[2], name="engine")], sweep=Sweep([0.5], [0.7], None, "sweep.png")
+        ),
+    )
+    for text in map(plain, pages(folder, tmp_path / "o")):
+        assert "torch-eager makes 0.500 (0.444 to 0.571) steps per second; nothing was compared with it." in text
+        assert "There is no null: torch-eager was not measured against itself" in text
+        assert "out of memory" in text
+        assert "0.552 (0.531 to 0.574)" in text
+        assert not re.search(r"CLIP-T|DINO|FID|LPIPS|Build, s|device memory, MiB|\bNone\b|\bnan\b", text)
+
+
+def test_only_records_of_one_setting_are_joined(tmp_path: Path) -> None:
+    other = replace(FULL_SPEED, setting=SETTING | {"steps": 20})
+    _, page = pages(write(tmp_path / "r", speed=other, quality=FULL_QUALITY), tmp_path / "o")
+    assert "joined by model" not in page
+
+
+def test_records_of_several_folders_and_equal_names(tmp_path: Path) -> None:
+    first, second = (write(tmp_path / name, run=speed(BASELINE)) for name in "ab")
+    page = write_report(read_records([first, second, first]), tmp_path / "o")[1].read_text("utf-8")
+    assert re.findall(r'<h2 id="([^"]+)"', page) == ["run", "run-2", "what-the-words-mean"]
+
+
+def damaged(**fields: Any) -> str:
+    return json.dumps({"kind": "speed", "format_version": 1, **asdict(FULL_SPEED), **fields})
+
+
+def no_sheet(name: str) -> str:
+    record = asdict(FULL_QUALITY) | {"sweep": {"scales": [1.0], "clip_i": [0.5], "clip_t": None, "sheet": name}}
+    return json.dumps({"kind": "quality", "format_version": 1, **record})
+
+
+WRONG = {
+    "no JSON": ("{", "cannot be read as a record"),
+    "something is missing": ('{"kind": "speed", "format_version": 1}', "'origin'"),
+    "a newer format": ('{"kind": "quality", "format_version": 99}', "format 99"),
+    "no number": (damaged(null=asdict(Interval(1, float("nan"), 1, 9))), "'null.low' is nan"),
+    "no text": (damaged(baseline="\ud800"), "'baseline' is '\\ud800'"),
+    "no time": (damaged(contenders=[asdict(contender("x", 0.25))]), "the step of 'x' takes 0.25 s (0.0 to 0.5)"),
+    "twice": (damaged(contenders=[asdict(BASELINE)] * 2), "'torch-eager' is there more than once"),
+    "another sweep": (no_sheet("sweep.png").replace('"clip_t": null, "sheet"', '"clip_t": [], "sheet"'), "0 clip_t"),
+    "no sheet": (no_sheet("gone.png"), "no contact sheet 'gone.png'"),
+    "a sheet elsewhere": (no_sheet("../r/sweep.png"), "no contact sheet '../r/sweep.png'"),
+    "a sheet that is none": (no_sheet("other.json"), "cannot be read as PNG, JPEG or WebP"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_damaged_records_are_one_message(case: str, tmp_path: Path) -> None:
+    text, message = WRONG[case]
+    folder = write(tmp_path / "r")
+    (folder / "record.json").write_text(text)
+    assert_refused(["--records", str(folder), "--output", str(tmp_path / "o")], message)
+    assert not (tmp_path / "o").exists()
+
+
+def test_wrong_folders_are_one_message(records: Path, tmp_path: Path) -> None:
+    assert_refused(["--records", str(tmp_path / "gone"), "--output", str(tmp_path / "o")], "is no folder")
+    (tmp_path / "empty").mkdir()
+    assert_refused(["--records", str(tmp_path / "empty"), "--output", str(tmp_path / "o")], "no record;")
+    assert_refused(["--records", str(write(tmp_path / "r")), "--output", str(tmp_path / "o")], "(1 JSON files of other")
+    (tmp_path / "file").touch()
+    assert_refused(["--records", str(records), "--output", str(tmp_path / "file")], "cannot be written")
+
+
+def assert_refused(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(main, ["report", *arguments])
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (1.504, "1.50"),
+        (9.996, "10.0"),
+        (7911.9, "7,910"),
+        (0.012349, "0.0123"),
+        (-0.5, "-0.500"),
+        (2e-7, "0.000000200"),
+    ],
+)
+def test_three_digits(value: float, text: str) -> None:
+    assert figure(value) == text
+
+
+def test_an_end_beside_one_does_not_look_like_one() -> None:
+    assert spread(Interval(1.02, 1.001, 1.04, 9), 1) == "1.020 (1.001 to 1.040)"
+    assert spread(Interval(1.02, 1.001, 1.04, 9)) == "1.02 (1.00 to 1.04)"
+    assert spread(Interval(1.02, 1.02, 1.02, 1), 1) == "1.02 (measured once)"
