@@ -47,7 +47,7 @@ class SpeedOptions:
     pairs: int = 7
     base: Path | None = None
     adapter: Path | None = None
-    controlnet: Path | None = None
+    controlnet: str | None = None
     overhead: bool = True
     start_up: bool = True
 
@@ -64,7 +64,7 @@ def measure_speed(options: SpeedOptions) -> tuple[SpeedRecord, Path]:
     device = "cuda" if has_gpu else "cpu"
     models = _models(options, "float16" if has_gpu else "float32")
     bundle = Bundle.open(models.bundle, verify=False)
-    setting = _setting(options, bundle)
+    setting = _setting(options, bundle, models.control)
     with Pipeline.open(models.bundle, verify=False) as pipe:
         pipe.batch_key(setting.request())  # what does not fit is known before anything is timed
     wanted = options.names or NAMES
@@ -128,7 +128,7 @@ def _models(options: SpeedOptions, dtype: str) -> Models:
     return users_own(bundle, options.base, options.adapter, options.controlnet)
 
 
-def _setting(options: SpeedOptions, bundle: Bundle) -> Setting:
+def _setting(options: SpeedOptions, bundle: Bundle, control: str | None) -> Setting:
     defaults = bundle.manifest.defaults
     width, height = defaults.width, defaults.height
     if options.resolution is not None:
@@ -146,6 +146,7 @@ def _setting(options: SpeedOptions, bundle: Bundle) -> Setting:
         block_steps=min(block, options.steps),
         scheduler=options.scheduler,
         guidance_scale=options.guidance_scale,
+        control=control,
     )
 
 
@@ -188,7 +189,7 @@ def _described(options: SpeedOptions, models: Models, setting: Setting, bundle: 
 
     adapter = bundle.manifest.defaults.adapter
     described = asdict(setting)
-    del described["has_image"]
+    del described["has_image"], described["control"]
     return described | {
         "model": models.name,
         "model_title": models.title,
