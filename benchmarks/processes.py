@@ -71,6 +71,7 @@ class ContenderProcess:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
+            start_new_session=True,  # Ctrl-C is ours to answer
         )
         try:
             self._read()

@@ -109,7 +109,7 @@ def test_a_bundle_without_its_models(tiny_bundle: Path, tmp_path: Path) -> None:
         (["--resolution", "big"], "--resolution is 'big', expected WIDTHxHEIGHT"),
         (["--resolution", "100x100"], "expected a multiple of 8"),
         (["--engine", "onnxruntime-plain"], "no contender can run: onnxruntime-plain: there is no ordinary graph"),
-        (["--task", "controlnet"], "the bundle has no ControlNet"),
+        (["--task", "controlnet"], "has no ControlNet"),
     ],
 )
 def test_bad_options_are_refused(options: list[str], message: str, tmp_path: Path) -> None:
