@@ -15,6 +15,7 @@ from ipa.benchmarks.pairing import Block, WarmUp, settle
 from ipa.engines.errors import IpaError
 
 END_SECONDS = 10
+PAUSE = 0.05  # before a block: the threads of whoever ran last stop spinning
 
 
 class ContenderError(IpaError):
@@ -87,6 +88,7 @@ class ContenderProcess:
         """Run the loop's first steps once; the seconds by the host's clock."""
 
         def run() -> float:
+            time.sleep(PAUSE)
             told = self._ask(do="block")
             if told["device_seconds"] is not None:
                 self.device_seconds.append(told["device_seconds"])
