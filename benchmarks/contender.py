@@ -52,6 +52,7 @@ class Setting:
         steps: of the whole run.
         block_steps: of it, from the first on, that are timed at one go.
         has_image: whether there is an image prompt.
+        control: which ControlNet, where the bundle has several.
     """
 
     task: str
@@ -63,6 +64,7 @@ class Setting:
     scheduler: str
     guidance_scale: float
     has_image: bool = True
+    control: str | None = None
 
     @property
     def unet_batch(self) -> int:
@@ -78,7 +80,7 @@ class Setting:
         if self.task == "inpaint":
             extra["mask_image"] = _half_mask(size)
         if self.task == "controlnet":
-            extra["controls"] = (ControlImage(picture(2, size)),)
+            extra["controls"] = (ControlImage(picture(2, size), self.control),)
         return Request(
             prompt=PROMPT,
             negative_prompt=NEGATIVE,

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ipa.benchmarks.step_speed import interleave, random_inputs, ratio
+from ipa.benchmarks.random_inputs import random_inputs
+from ipa.benchmarks.rounds import interleave, ratio
 from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Array, Engine
 from ipa.engines.linear_run import DenoisingEngine

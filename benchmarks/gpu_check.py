@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -27,21 +26,19 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ipa.benchmarks.device_loop import device_loop
+from ipa.benchmarks.engine_build import build_engine
 from ipa.benchmarks.full_size import FULL, SMALL, Sizes, write_adapter, write_pipeline
-from ipa.benchmarks.step_speed import interleave, random_inputs, ratio
+from ipa.benchmarks.random_inputs import random_inputs
+from ipa.benchmarks.rounds import interleave, ratio
 from ipa.engines.bundle import Bundle
 from ipa.engines.cuda_driver import Driver, find_driver
 from ipa.engines.engine import Engine
-from ipa.engines.machine import default_cache
-from ipa.engines.plan_cache import PlanCache
 from ipa.engines.registry import BACKENDS, ENGINE_NAMES, Backend
-from ipa.engines.shape_profile import ShapeProfile
 from ipa.engines.tensorrt_library import MODULES
 from ipa.export.adapters import AdapterFile, read_adapter
 from ipa.export.build import ExportRequest, export_bundle
 from ipa.export.checks import Check
 from ipa.export.dimensions import manifest_dimensions
-from ipa.export.engine_builds import EngineBuilds
 from ipa.export.oracle import DiffusersStep
 from ipa.export.quiet import quiet_libraries
 from ipa.export.validate import Validator
@@ -71,15 +68,11 @@ def prepare(folder: Path, sizes: Sizes) -> Path:
 
 def build(bundle: Path, engine: str, size: int) -> dict[str, Any]:
     """Build what the cache has not: one line of what it took, or why it failed."""
-    profile = ShapeProfile.parse([f"{size}x{size}", "64x64"], "1:1:4", "1:4:16")
     try:
-        builds = EngineBuilds(Bundle.open(bundle), PlanCache(default_cache()), engine, profile)
-        kept, jobs = builds.survey()
-        start = time.perf_counter()
-        builds.run(jobs)
+        built, kept, seconds = build_engine(Bundle.open(bundle), engine, f"{size}x{size}")
     except Exception as error:  # whatever one engine does, the others are looked at
         return {"build": f"FAILED: {error!r}", "passed": False}
-    return {"build": f"{len(jobs)} built in {time.perf_counter() - start:.0f} s, {len(kept)} kept"}
+    return {"build": f"{built} built in {seconds:.0f} s, {kept} kept"}
 
 
 def obstacle(backend: Backend, bundle: Bundle) -> str:

@@ -30,7 +30,7 @@ class Models:
         name, title: for the record and for people.
         bundle: for our side.
         base, adapter: for PyTorch: a pipeline folder and its IP-Adapter; `None`: there are none.
-        controlnet: ControlNet folder, where the task has one.
+        controlnet: ControlNet folder, where the task has one; `control` is its name in the bundle.
         merged: the ordinary graph with the adapter inside; `None`: there is none.
         folder: where more may be written, such as graphs for the cost of the image prompt; `None`: nowhere.
     """
@@ -41,6 +41,7 @@ class Models:
     base: Path | None = None
     adapter: Path | None = None
     controlnet: Path | None = None
+    control: str | None = None
     merged: Path | None = None
     folder: Path | None = None
 
@@ -74,14 +75,25 @@ def preset(name: str, folder: Path, task: str, dtype: str) -> Models:
     merged = home / f"merged-{dtype}" / "step.onnx" if task == "variation" and name != "sdxl" else None
     if not bundle.exists():
         _export(base, adapter, controlnet, bundle, merged, dtype)
-    return Models(name, title, bundle, base, adapter, controlnet, merged, home)
+    return Models(name, title, bundle, base, adapter, controlnet, None, merged, home)
 
 
-def users_own(bundle: Path, base: Path | None, adapter: Path | None, controlnet: Path | None) -> Models:
-    """The user's bundle, and what it was exported from for PyTorch's side, if it is given."""
+def users_own(bundle: Path, base: Path | None, adapter: Path | None, controlnet: str | None) -> Models:
+    """The user's bundle, and what it was exported from for PyTorch's side, if it is given.
+
+    Args:
+        controlnet: `[NAME=]DIR`.
+    Raises:
+        IpaError: the ControlNet's name has other characters than letters, digits, `_` and `-`.
+    """
+    from ipa.export.controlnets import ControlNetSource
+
     opened = Bundle.open(bundle, verify=False)
     title = f"{bundle.name} ({opened.manifest.family})"
-    return Models(bundle.name, title, bundle, base, adapter, controlnet)
+    if controlnet is None:
+        return Models(bundle.name, title, bundle, base, adapter)
+    source = ControlNetSource.parse(controlnet)
+    return Models(bundle.name, title, bundle, base, adapter, Path(source.location), source.name)
 
 
 def demo(base: Path | None, adapter: Path | None) -> Models:

@@ -15,6 +15,7 @@ from ipa.benchmarks.pairing import Block, WarmUp, settle
 from ipa.engines.errors import IpaError
 
 END_SECONDS = 10
+PAUSE = 0.05  # before a block: the threads of whoever ran last stop spinning
 
 
 class ContenderError(IpaError):
@@ -71,6 +72,7 @@ class ContenderProcess:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
+            start_new_session=True,  # Ctrl-C is ours to answer
         )
         try:
             self._read()
@@ -86,6 +88,7 @@ class ContenderProcess:
         """Run the loop's first steps once; the seconds by the host's clock."""
 
         def run() -> float:
+            time.sleep(PAUSE)
             told = self._ask(do="block")
             if told["device_seconds"] is not None:
                 self.device_seconds.append(told["device_seconds"])

@@ -18,7 +18,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from ipa.benchmarks.step_speed import interleave, random_inputs, ratio
+from ipa.benchmarks.random_inputs import random_inputs
+from ipa.benchmarks.rounds import interleave, ratio
 from ipa.engines.bundle import Bundle
 
 TOKENS = 4

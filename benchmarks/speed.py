@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ipa.benchmarks.models import DEMO, PRESETS, Models, demo, preset, users_own
 from ipa.benchmarks.origin import origin
 from ipa.benchmarks.overhead import measure_overhead, pairs
 from ipa.benchmarks.progress import progress_bar
-from ipa.benchmarks.records import NotMeasured, Overhead, SpeedRecord, write_record
+from ipa.benchmarks.records import NotMeasured, SpeedRecord, write_record
 from ipa.benchmarks.speed_run import Outcome, SpeedRun, Work
 from ipa.benchmarks.start_up import start_ups
 from ipa.engines.bundle import Bundle
@@ -47,7 +47,7 @@ class SpeedOptions:
     pairs: int = 7
     base: Path | None = None
     adapter: Path | None = None
-    controlnet: Path | None = None
+    controlnet: str | None = None
     overhead: bool = True
     start_up: bool = True
 
@@ -64,7 +64,7 @@ def measure_speed(options: SpeedOptions) -> tuple[SpeedRecord, Path]:
     device = "cuda" if has_gpu else "cpu"
     models = _models(options, "float16" if has_gpu else "float32")
     bundle = Bundle.open(models.bundle, verify=False)
-    setting = _setting(options, bundle)
+    setting = _setting(options, bundle, models.control)
     with Pipeline.open(models.bundle, verify=False) as pipe:
         pipe.batch_key(setting.request())  # what does not fit is known before anything is timed
     wanted = options.names or NAMES
@@ -87,34 +87,39 @@ def measure_speed(options: SpeedOptions) -> tuple[SpeedRecord, Path]:
     ours = [name for name in (backend.name for backend in BACKENDS) if name in {entry.name for entry in found}]
     total = 4 * options.pairs * (len(found) + (len(ours) * 2 + 3 if has_overhead else 0))
     work = Work(setting.block_steps, setting.steps, setting.images, floor)
+    file = options.output / f"speed_{_file_part(models.name)}_{setting.task}.json"
     with progress_bar(total) as progress:
         outcome = SpeedRun(found, work, options.pairs, _device_memory, progress).run()
-        costs = list[Overhead]()
-        if has_overhead:
-            rows = pairs(models, setting, ours, device)
-            costs, not_costed = measure_overhead(rows, options.pairs, progress)
-            missing += not_costed
-        elif options.overhead:
-            reason = "measured for `--model sd15` and `small`, `--task variation`, `--batch 1`"
-            missing.append(NotMeasured("cost of the image prompt", reason))
-        progress("start-up", 0)
-        started = start_ups() if options.start_up else []
-    record = SpeedRecord(
-        origin=origin(),
-        setting=_described(options, models, setting, bundle),
-        gflop=gflop,
-        rates=measured,
-        baseline=outcome.contenders[0].name if outcome.contenders else "",
-        null=outcome.null,
-        contenders=outcome.contenders,
-        overhead=costs,
-        start_up=started,
-        not_measured=[*outcome.not_measured, *missing],
-    )
-    file = options.output / f"speed_{_file_part(models.name)}_{setting.task}.json"
+        _check_any(outcome)
+        record = SpeedRecord(
+            origin=origin(),
+            setting=_described(options, models, setting, bundle),
+            gflop=gflop,
+            rates=measured,
+            baseline=outcome.contenders[0].name,
+            null=outcome.null,
+            contenders=outcome.contenders,
+            not_measured=[*outcome.not_measured, *missing],
+        )
+        write_record(record, file)  # what comes next may be interrupted
+        try:
+            if has_overhead:
+                costs, failed_costs = measure_overhead(pairs(models, setting, ours, device), options.pairs, progress)
+                record = replace(record, overhead=costs, not_measured=[*record.not_measured, *failed_costs])
+            elif options.overhead:
+                reason = "measured for `--model sd15` and `small`, `--task variation`, `--batch 1`"
+                record = _lacking(record, "cost of the image prompt", reason)
+            if options.start_up:
+                progress("start-up", 0)
+                record = replace(record, start_up=start_ups())
+        except KeyboardInterrupt:
+            record = _lacking(record, "what comes after the contenders", "the run was interrupted")
     write_record(record, file)
-    _check_any(outcome)
     return record, file
+
+
+def _lacking(record: SpeedRecord, name: str, reason: str) -> SpeedRecord:
+    return replace(record, not_measured=[*record.not_measured, NotMeasured(name, reason)])
 
 
 def _models(options: SpeedOptions, dtype: str) -> Models:
@@ -128,7 +133,7 @@ def _models(options: SpeedOptions, dtype: str) -> Models:
     return users_own(bundle, options.base, options.adapter, options.controlnet)
 
 
-def _setting(options: SpeedOptions, bundle: Bundle) -> Setting:
+def _setting(options: SpeedOptions, bundle: Bundle, control: str | None) -> Setting:
     defaults = bundle.manifest.defaults
     width, height = defaults.width, defaults.height
     if options.resolution is not None:
@@ -146,6 +151,7 @@ def _setting(options: SpeedOptions, bundle: Bundle) -> Setting:
         block_steps=min(block, options.steps),
         scheduler=options.scheduler,
         guidance_scale=options.guidance_scale,
+        control=control,
     )
 
 
@@ -188,7 +194,7 @@ def _described(options: SpeedOptions, models: Models, setting: Setting, bundle: 
 
     adapter = bundle.manifest.defaults.adapter
     described = asdict(setting)
-    del described["has_image"]
+    del described["has_image"], described["control"]
     return described | {
         "model": models.name,
         "model_title": models.title,

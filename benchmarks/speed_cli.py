@@ -25,7 +25,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--base", type=_FOLDER, help="Of a bundle: the pipeline that it was exported from, for PyTorch.")
 @click.option("--adapter", type=_FILE, help="Of a bundle: its IP-Adapter file, for PyTorch.")
-@click.option("--controlnet", type=_FOLDER, help="Of a bundle: its ControlNet, for PyTorch.")
+@click.option("--controlnet", metavar="[NAME=]DIR", help="Of a bundle: one of its ControlNets, for PyTorch.")
 @click.option("--task", type=click.Choice(TASKS), default="variation", show_default=True)
 @click.option(
     "--engine",

@@ -19,7 +19,6 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -31,59 +30,29 @@ import click
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
+from ipa.benchmarks.plain_graph import PlainUNet, TextAttention
+from ipa.benchmarks.random_inputs import random_inputs
+from ipa.benchmarks.rounds import interleave, ratio
 from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Engine, GraphFile
 from ipa.engines.machine import available_cores
 from ipa.engines.registry import BACKENDS, open_engine
-from ipa.engines.spec import SPECS, ComponentSpec, TensorSpec, axis_size
+from ipa.engines.spec import SPECS, ComponentSpec, TensorSpec
 from ipa.export import winograd
 from ipa.export.adapter_kinds import BASE
 from ipa.export.adapters import AdapterWeights, read_adapter
-from ipa.export.attention import attend
 from ipa.export.dimensions import manifest_dimensions
 from ipa.export.onnx_export import Graph, export_graph
 from ipa.export.oracle import DiffusersStep
 
 TOKENS = 4
 OPSET = 18
-TIMESTEP = 500.0
 MATRIX = 4096
 PLAIN_INPUTS = ("sample", "timestep", "encoder_hidden_states")
 ENGINES = {backend.name: backend for backend in BACKENDS if not backend.needs_gpu}  # the others: gpu_check
-
-
-class TextAttention:
-    """Cross-attention as other exporters trace it: keys and values of the text made at every step."""
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        """Attend; (batch, positions, channels) in and out."""
-        states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        result = attend(attn, attn.to_q(hidden_states), attn.to_k(states), attn.to_v(states))
-        return attn.to_out[1](attn.to_out[0](result))  # type: ignore[no-any-return]
-
-
-class PlainUNet(torch.nn.Module):
-    """The UNet without image prompt: text states in; the same attention kernels as the hoisted one."""
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, sample: Tensor, timestep: Tensor, states: Tensor) -> Tensor:
-        """`noise_pred`."""
-        return self.unet(sample, timestep, states, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
 def plain_engine(unet: UNet2DConditionModel, folder: Path, engine: str, free: Mapping[str, int]) -> Engine:
@@ -99,28 +68,6 @@ def plain_engine(unet: UNet2DConditionModel, folder: Path, engine: str, free: Ma
     if engine == winograd.ENGINE:  # what the bundle has too
         path = winograd.write_winograd_graph(path, free) or path
     return open_engine(engine, GraphFile("unet", spec, path))
-
-
-def random_inputs(spec: ComponentSpec, free: dict[str, int], rng: np.random.Generator) -> dict[str, Any]:
-    """Standard normal values for every input; the timestep is fixed."""
-    inputs = {}
-    for tensor in spec.inputs:
-        shape = [axis_size(axis, free) for axis in tensor.axes]
-        values = np.full(shape, TIMESTEP) if tensor.name == "timestep" else rng.standard_normal(shape)
-        inputs[tensor.name] = values.astype(tensor.dtype)
-    return inputs
-
-
-def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender by round; the order turns around every round. The first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for index in tqdm(range(rounds + 1), unit="round", disable=None):
-        names = list(contenders)[:: 1 if index % 2 else -1]
-        for name in names:
-            start = time.perf_counter()
-            contenders[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: values[1:] for name, values in seconds.items()}
 
 
 class Eager:
@@ -151,12 +98,6 @@ def operations(unet: UNet2DConditionModel, inputs: Sequence[Tensor]) -> int:
     with FlopCounterMode(display=False) as counter:
         meta(*(tensor.to("meta") for tensor in inputs))
     return int(counter.get_total_flops())
-
-
-def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
-    """Median and range of the ratios within each round."""
-    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 @click.command()

@@ -41,7 +41,7 @@ def test_a_build_that_fails_is_a_failure(tmp_path: Path, monkeypatch: pytest.Mon
     def broken(*arguments: object) -> None:
         raise RuntimeError("no such symbol")
 
-    monkeypatch.setattr(gpu_check, "EngineBuilds", broken)
+    monkeypatch.setattr(gpu_check, "build_engine", broken)
     monkeypatch.setattr(gpu_check.Bundle, "open", lambda root: None)
     monkeypatch.setenv("IPA_CACHE", str(tmp_path / "cache"))
     found = gpu_check.build(tmp_path, "tensorrt-rtx", 512)

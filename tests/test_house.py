@@ -72,7 +72,9 @@ def test_ipa_run_works_where_no_framework_is_installed(tiny_bundle: Path, tmp_pa
     assert (tmp_path / "x.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("command", ["ipa.runtime.cli", "ipa.runtime.doctor", "ipa.export.cli", "ipa.trainer.cli"])
+@pytest.mark.parametrize(
+    "command", ["ipa.runtime.cli", "ipa.runtime.doctor", "ipa.export.cli", "ipa.trainer.cli", "ipa.benchmarks.cli"]
+)
 def test_help_needs_no_framework(command: str) -> None:
     code = WITHOUT_FRAMEWORKS + f"sys.argv = ['x', '--help']\nfrom {command} import main\nmain()\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
