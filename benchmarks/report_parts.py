@@ -101,12 +101,12 @@ def facts(file: str, setting: dict[str, object], labels: dict[str, str], origin:
     rows += [
         (labels.get(key, key.replace("_", " ")), words(value))
         for key, value in setting.items()
-        if value is not None and value != ""
+        if value not in (None, "", [], {})
     ]
     machine = origin.machine
     described = [
         machine.get("cpu"),
-        f"{machine['cores']} cores" if "cores" in machine else None,
+        f"cores: {machine['cores']}" if "cores" in machine else None,
         f"{machine['memory_gib']} GiB of memory" if "memory_gib" in machine else None,
         f"GPU: {machine['gpu'] or 'none'}" if "gpu" in machine else None,
         machine.get("system"),
