@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ipa.benchmarks.quality_cli import quality
 from ipa.engines.errors import IpaError
 
 
@@ -25,3 +26,6 @@ class _Group(click.Group):
 @click.version_option(package_name="ipa-runtime")
 def main() -> None:
     """Measure speed and quality against PyTorch, and report both."""
+
+
+main.add_command(quality)

@@ -141,7 +141,7 @@ class Quality:
         title: for people.
         clip_i: cosine of the pictures' and the image prompts' CLIP embeddings, the mean.
         clip_t: the same of pictures and texts, raw: not times 2.5 as in the paper (arXiv:2104.08718) nor times 100 as
-            torchmetrics gives it.
+            torchmetrics gives it; `None` with the demo's CLIP, whose text projection is not shipped.
         dino: cosine of DINO's embeddings of pictures and image prompts.
         fid: Fréchet distance of the pictures to the data's.
         rates: shares that only the demo's judge can tell, such as `foreground colour`.
@@ -151,7 +151,7 @@ class Quality:
     name: str
     title: str
     clip_i: Interval
-    clip_t: Interval
+    clip_t: Interval | None
     dino: Interval | None
     fid: Interval | None
     rates: dict[str, float]
@@ -182,13 +182,13 @@ class Sweep:
 
     Attributes:
         scales: ascending.
-        clip_i, clip_t: means at each scale.
+        clip_i, clip_t: means at each scale; `clip_t` as in `Quality`.
         sheet: file name of the contact sheet, beside the record.
     """
 
     scales: list[float]
     clip_i: list[float]
-    clip_t: list[float]
+    clip_t: list[float] | None
     sheet: str
 
 
