@@ -102,7 +102,7 @@ def restore(bundle: Bundle, folder: Path) -> None:
         parts.save(Path(scratch))
         dtype = bundle.manifest.components["unet"].dtype
         _export(Path(scratch) / "pipeline", Path(scratch) / ADAPTER_FILE, name, dtype, graphs)
-        places = _Places()
+        places = Places()
         for file in sorted(graphs.rglob(MODEL_FILE)):
             component = str(file.parent.relative_to(graphs))
             places.add(component, _tensors(file), _tensors(bundle.graph(component).path))
@@ -147,7 +147,7 @@ def _is_same(first: str, second: str) -> bool:
     return first == second or first.endswith(f".{second}") or second.endswith(f".{first}")
 
 
-class _Places:
+class Places:
     """Where each weight is, found by its random values."""
 
     def __init__(self) -> None:

@@ -63,6 +63,17 @@ class TorchModel:
     base: Path
     adapter: Path
 
+    def check(self) -> None:
+        """Look whether there is such a thing.
+
+        Raises:
+            IpaError: there is not.
+        """
+        if not (self.base / "model_index.json").is_file():
+            raise IpaError(f"--base {self.base}: has no model_index.json; name a pipeline folder in diffusers format")
+        if not self.adapter.is_file():
+            raise IpaError(f"--adapter {self.adapter}: no such file")
+
     def settings(self) -> dict[str, Any]:
         """What its pictures depend on."""
         device, dtype = self.target
@@ -111,7 +122,7 @@ class Arms:
         request = jobs[0].request
         backend = {"engine": self._pipe.engine, "engine_version": backend_named(self._pipe.engine).version}
         models = {f"bundle's {part}": sha256 for part, sha256 in self._pipe.models(request).items()}
-        folder = ArmFolder(self._pictures / name, {**_shared(request), **backend, **models})
+        folder = ArmFolder(self._pictures / name, {**self._shared(request), **backend, **models})
         folder.check(jobs)
         return folder
 
@@ -119,13 +130,9 @@ class Arms:
         """Where PyTorch's pictures are.
 
         Raises:
-            IpaError: others are there, or the model's files are not.
+            IpaError: others are there.
         """
-        if not model.adapter.is_file():
-            raise IpaError(f"--adapter {model.adapter}: no such file")
-        if not (model.base / "model_index.json").is_file():
-            raise IpaError(f"--base {model.base}: has no model_index.json; name a pipeline folder in diffusers format")
-        folder = ArmFolder(self._pictures / TORCH, {**_shared(self.request), **model.settings()})
+        folder = ArmFolder(self._pictures / TORCH, {**self._shared(self.request), **model.settings()})
         folder.check(self.jobs)
         return folder
 
@@ -143,6 +150,11 @@ class Arms:
         del theirs
         gc.collect()
         return drawn
+
+    def _shared(self, request: Request) -> dict[str, Any]:
+        """What all pictures of an arm have in common."""
+        is_image_only = request.has_image and self._settings.is_image_only
+        return {**{name: getattr(request, name) for name in _SHARED}, "is_image_only": is_image_only}
 
     def _nothing(self, request: Request) -> Any:
         raise AssertionError("nothing was missing")
@@ -162,10 +174,6 @@ class Arms:
             seed=item.number,
         )
         return Job(item, self._preparation.resolved(request))
-
-
-def _shared(request: Request) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in _SHARED}
 
 
 def _folder_sha256(base: Path) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,6 +88,8 @@ def quality(
     """
     if bundle is not None and (data is None or clip is None):
         raise IpaError(f"--bundle {bundle} needs --data and --clip: what to draw, and a CLIP model that looks at it")
+    # Threads that wait by spinning take the cores from whatever else runs there, such as the other library's threads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from ipa.export.quiet import quiet_libraries
 
     quiet_libraries()
@@ -111,7 +115,11 @@ def quality(
         sweep=sweep,
         is_forced=force,
     )
-    record = run_quality(options, lambda text: click.echo(f"ipa-bench: {text}", err=True))
+    try:
+        record = run_quality(options, lambda text: click.echo(f"ipa-bench: {text}", err=True))
+    except KeyboardInterrupt:
+        click.echo("ipa-bench: stopped; the same command goes on from here", err=True)
+        sys.exit(130)
     click.echo(table(record))
     click.echo(output / RECORD_FILE)
 

@@ -89,7 +89,8 @@ class DemoClip:
 
     def image(self, image: Image.Image) -> Vector:
         """`image_embeds`."""
-        _, positive = self._pipe.image_embeds(ImagePrompt((image,)))
+        prompt = ImagePrompt((image,), adapter=self._pipe.manifest.defaults.adapter)
+        _, positive = self._pipe.image_embeds(prompt)
         return np.asarray(positive[0], np.float32)
 
 

@@ -75,8 +75,8 @@ class ArmFolder:
         Raises:
             IpaError: it has pictures of other settings or other data.
         """
-        file = self.folder / SETTINGS_FILE
-        if not file.exists():
+        file, log = self.folder / SETTINGS_FILE, self._log()
+        if not log:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_path(file) as partial:
                 partial.write_text(json.dumps(self._settings, indent=1) + "\n", "utf-8")
@@ -90,7 +90,6 @@ class ArmFolder:
         for name in {**now, **found}:
             if found.get(name) != now.get(name):
                 raise self._mixed(f"{name} was {found.get(name)!r} and is {now.get(name)!r}")
-        log = self._log()
         for job in jobs:
             if job.item.id in log and log[job.item.id]["sha256"] != job.sha256:
                 raise self._mixed(f"the text, image or seed of {job.item.id} has changed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +13,11 @@ from PIL import Image
 from ipa.benchmarks.demo_weights import restored_demo
 from ipa.benchmarks.origin import origin
 from ipa.benchmarks.quality_arms import BASE, ENGINE, SWEEP, TORCH, Arms, Settings, TorchModel
-from ipa.benchmarks.quality_data import Data, read_data
+from ipa.benchmarks.quality_data import Data, Item, read_data
 from ipa.benchmarks.quality_measure import DEMO, Eyes, difference, open_eyes, quality
 from ipa.benchmarks.quality_metrics import FID_INTERVAL, similarity
 from ipa.benchmarks.quality_models import Inception
-from ipa.benchmarks.quality_pictures import Drawn, remove_arms
+from ipa.benchmarks.quality_pictures import ArmFolder, Drawn, remove_arms
 from ipa.benchmarks.quality_sheets import Row, contact_sheet, save_sheet
 from ipa.benchmarks.records import NotMeasured, QualityRecord, Sweep, write_record
 from ipa.engines.bundle import Bundle
@@ -28,7 +28,7 @@ from ipa.runtime.pipeline import Pipeline
 
 RECORD_FILE, SHEET_FILE, SWEEP_FILE = "quality.json", "sheet.png", "sweep.png"
 SHEET_ROWS = 8
-TITLES = {ENGINE: "ours", TORCH: "PyTorch eager", BASE: "without image prompt"}
+TITLES = {ENGINE: "ours", TORCH: "PyTorch eager", BASE: "no image prompt"}
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,19 @@ def run_quality(options: Options, report: Callable[[str], None]) -> QualityRecor
     with ExitStack() as stack:
         pipe = stack.enter_context(Pipeline.open(options.bundle or demo_bundle(), engine=options.engine))
         eyes, missing = open_eyes(options.clip, options.dino, options.inception, options.output / "embeddings", stack)
-        if options.is_forced:
-            remove_arms(pictures)
         arms = Arms(pipe, data.items, options.settings, pictures)
         model = _torch_model(options, report)
-        drawn = _draw(arms, model)
+        if options.is_forced:
+            remove_arms(pictures)
+        folders = _folders(arms, model, options.sweep)
+        drawn = _draw(arms, folders, model)
         missing += _not_measured(options, model)
-        arms_figures = [quality(name, TITLES[name], one, data, eyes) for name, one in drawn.items()]
+        figures = [quality(name, TITLES[name], one, data, eyes) for name, one in drawn.items()]
         differences = [difference(ENGINE, TORCH, drawn[ENGINE], drawn[TORCH])] if model else []
-        sweep = _sweep(arms, data, eyes, options) if options.sweep else None
+        sweep = _sweep(arms, folders, eyes, options) if options.sweep else None
         _write_sheet(data, {TITLES[name]: one for name, one in drawn.items()}, options.output / SHEET_FILE)
         setting = _setting(options, data, arms, pipe, eyes, model)
-    record = QualityRecord(origin(), setting, arms_figures, differences, sweep, missing)
+    record = QualityRecord(origin(), setting, figures, differences, sweep, missing)
     write_record(record, options.output / RECORD_FILE)
     return record
 
@@ -95,43 +96,55 @@ def _torch_model(options: Options, report: Callable[[str], None]) -> TorchModel 
         return TorchModel(*restored_demo(Bundle.open(demo_bundle()), options.output / "demo_weights"))
     if options.adapter is None:
         raise IpaError(f"--base {options.base} needs --adapter FILE: the IP-Adapter that the bundle was made with")
-    return TorchModel(Path(options.base), options.adapter)
+    model = TorchModel(Path(options.base), options.adapter)
+    model.check()
+    return model
 
 
-def _draw(arms: Arms, model: TorchModel | None) -> dict[str, Drawn]:
-    """Every arm's pictures. All folders are checked first, and PyTorch begins: what it cannot load is known at once."""
+def _folders(arms: Arms, model: TorchModel | None, sweep: tuple[float, ...]) -> dict[str, ArmFolder]:
+    """Every arm's folder by name, all checked before anything is drawn."""
     folders = {
         ENGINE: arms.engine_folder(ENGINE, arms.jobs),
         BASE: arms.engine_folder(BASE, arms.base_jobs),
     }
-    theirs = {TORCH: arms.draw_torch(arms.torch_folder(model), model)} if model else {}
+    folders |= {name: arms.engine_folder(name, arms.sweep_jobs(scale)) for name, scale in _sweep_names(sweep).items()}
+    return folders | ({TORCH: arms.torch_folder(model)} if model else {})
+
+
+def _sweep_names(sweep: tuple[float, ...]) -> dict[str, float]:
+    """Scales by their folders' names, ascending."""
+    return {f"{SWEEP}/{scale:g}": scale for scale in sorted(sweep)}
+
+
+def _draw(arms: Arms, folders: Mapping[str, ArmFolder], model: TorchModel | None) -> dict[str, Drawn]:
+    """Every arm's pictures but the sweep's. PyTorch begins: what it cannot load is known at once."""
+    theirs = {TORCH: arms.draw_torch(folders[TORCH], model)} if model else {}
     ours = arms.draw_engine(folders[ENGINE], arms.jobs)
     return {ENGINE: ours, **theirs, BASE: arms.draw_engine(folders[BASE], arms.base_jobs)}
 
 
-def _sweep(arms: Arms, data: Data, eyes: Eyes, options: Options) -> Sweep:
+def _sweep(arms: Arms, folders: Mapping[str, ArmFolder], eyes: Eyes, options: Options) -> Sweep:
     """The first image prompts at several scales."""
-    clip_i, clip_t, columns = [], [], {}
-    scales = sorted(set(options.sweep))
+    scales, clip_i, clip_t, columns = [], [], [], {}
     items = [job.item for job in arms.sweep_jobs(0)]
-    for scale in scales:
-        jobs = arms.sweep_jobs(scale)
-        drawn = arms.draw_engine(arms.engine_folder(f"{SWEEP}/{scale:g}", jobs), jobs)
+    for name, scale in _sweep_names(options.sweep).items():
+        drawn = arms.draw_engine(folders[name], arms.sweep_jobs(scale))
         seen = [[eyes.clip.picture(file) for file in files] for files in drawn.files]
+        scales.append(scale)
         clip_i.append(similarity(seen, [eyes.clip.reference(item) for item in items]).value)
         if eyes.has_text:
             clip_t.append(similarity(seen, [eyes.clip.text(item.text) for item in items]).value)
         columns[f"scale {scale:g}"] = _opened(drawn)
-    save_sheet(contact_sheet(_rows(data), columns), options.output / SWEEP_FILE)
+    save_sheet(contact_sheet(_rows(items), columns), options.output / SWEEP_FILE)
     return Sweep(scales, clip_i, clip_t if eyes.has_text else None, SWEEP_FILE)
 
 
 def _write_sheet(data: Data, arms: Mapping[str, Drawn], file: Path) -> None:
-    save_sheet(contact_sheet(_rows(data), {title: _opened(drawn) for title, drawn in arms.items()}), file)
+    save_sheet(contact_sheet(_rows(data.items), {title: _opened(drawn) for title, drawn in arms.items()}), file)
 
 
-def _rows(data: Data) -> list[Row]:
-    return [Row(item.text, open_image(item.reference)) for item in data.items[:SHEET_ROWS]]
+def _rows(items: Sequence[Item]) -> list[Row]:
+    return [Row(item.text, open_image(item.reference)) for item in items[:SHEET_ROWS]]
 
 
 def _opened(drawn: Drawn) -> list[Image.Image]:
