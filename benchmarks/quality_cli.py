@@ -47,6 +47,7 @@ def _scales(ctx: click.Context, param: click.Parameter, text: str | None) -> tup
 @click.option("--clip", help="Folder of a CLIP model of transformers, or demo.  [default: without --bundle, demo]")
 @click.option("--dino", type=PLACE, help="Folder of a DINO or DINOv2 model of transformers.")
 @click.option("--inception", type=PLACE, help="torch-fidelity's Inception weights, for FID.")
+@click.option("--lpips", type=PLACE, help="AlexNet's weights as torchvision has them, for LPIPS of ours and PyTorch's.")
 @click.option("--samples", type=COUNT, default=4, show_default=True, help="Pictures of each image prompt.")
 @click.option("--limit", type=COUNT, help="Take the first so many image prompts.  [default: all]")
 @click.option("--image-only", is_flag=True, help="Draw without the texts, as the paper's table; `base` keeps them.")
@@ -69,6 +70,7 @@ def quality(
     clip: str | None,
     dino: Path | None,
     inception: Path | None,
+    lpips: Path | None,
     samples: int,
     limit: int | None,
     image_only: bool,
@@ -109,6 +111,7 @@ def quality(
         image_root=image_root,
         dino=dino,
         inception=inception,
+        lpips=lpips,
         limit=limit,
         engine=engine,
         settings=settings,
@@ -131,6 +134,7 @@ def table(record: QualityRecord) -> str:
         lines += ["", f"{arm.name}: {arm.title}", *_figures(arm)]
     for one in record.differences:
         lines += ["", f"{one.first} and {one.second}: PSNR {_text(one.psnr, 1)} dB, lowest {one.lowest_psnr:.1f} dB"]
+        lines += [f"  LPIPS   {_text(one.lpips, 4)}"] if one.lpips else []
     if resize := record.setting.get("fid_resize"):
         counts = record.setting["fid_pictures"]
         lines += ["", f"FID: {counts['drawn']} pictures against {counts['data']}; {resize}"]

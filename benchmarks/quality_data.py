@@ -149,14 +149,18 @@ def _coco(folder: Path) -> list[_Entry]:
 
 
 def _coco_entries(content: dict[str, Any], images: Path) -> Iterator[_Entry]:
-    """In the order of the file's images; its first annotation for an image is the caption."""
+    """In the order of the file's images, those without caption left out; the first annotation is the caption."""
     captions: dict[int, str] = {}
+    stems: set[str] = set()
     for annotation in content["annotations"]:
         captions.setdefault(annotation["image_id"], str(annotation.get("caption", "")).strip())
     for image in content["images"]:
         name = str(image["file_name"])
         if name in (".", "..", "") or "\0" in name or "\\" in name or Path(name).name != name:
             raise ValueError(f"file_name {name[:120]!r} is not a plain file name")
+        if Path(name).stem in stems:
+            raise ValueError(f"there are two images {Path(name).stem!r}")
+        stems.add(Path(name).stem)
         if caption := captions.get(image["id"]):
             yield _Entry(Path(name).stem, caption, images / name, images / name)
 

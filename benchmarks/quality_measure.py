@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ipa.benchmarks.intervals import bootstrap
 from ipa.benchmarks.quality_data import Data
 from ipa.benchmarks.quality_eye import Eye
-from ipa.benchmarks.quality_metrics import fid, psnr, similarity
+from ipa.benchmarks.quality_lpips import Lpips
+from ipa.benchmarks.quality_metrics import fid, mean_of_means, psnr, similarity
 from ipa.benchmarks.quality_models import Clip, DemoClip, Dino, Embedder, Inception, Vector, inception_obstacle
 from ipa.benchmarks.quality_pictures import Drawn
 from ipa.benchmarks.records import Difference, NotMeasured, Quality
@@ -118,14 +117,16 @@ def quality(name: str, title: str, drawn: Drawn, data: Data, eyes: Eyes) -> Qual
     )
 
 
-def difference(first: str, second: str, one: Drawn, other: Drawn) -> Difference:
+def difference(first: str, second: str, one: Drawn, other: Drawn, lpips: Lpips | None) -> Difference:
     """How far apart the pictures of two arms are, pair by pair."""
-    values = [
-        [psnr(a, b) for a, b in zip(*files, strict=True)]
-        for files in _bar(list(zip(one.files, other.files, strict=True)), f"PSNR of {first} and {second}")
-    ]
-    means = bootstrap([float(np.mean(samples)) for samples in values], np.mean)
-    return Difference(first, second, means, min(map(min, values)), None)
+    pairs = [list(zip(*files, strict=True)) for files in zip(one.files, other.files, strict=True)]
+
+    def measured(distance: Callable[[Path, Path], float], title: str) -> list[list[float]]:
+        return [[distance(a, b) for a, b in samples] for samples in _bar(pairs, f"{title} of {first} and {second}")]
+
+    decibels = measured(psnr, "PSNR")
+    perceived = mean_of_means(measured(lpips, "LPIPS")) if lpips else None
+    return Difference(first, second, mean_of_means(decibels), min(map(min, decibels)), perceived)
 
 
 def _rates(drawn: Drawn, data: Data) -> dict[str, float]:

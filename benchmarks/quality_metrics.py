@@ -32,8 +32,12 @@ def similarity(pictures: Sequence[Sequence[Vector]], others: Sequence[Vector]) -
         pictures: vectors of each image prompt's samples.
         others: one vector for each image prompt.
     """
-    means = [np.mean([cosine(one, other) for one in samples]) for samples, other in zip(pictures, others, strict=True)]
-    return bootstrap([float(mean) for mean in means], np.mean)
+    return mean_of_means([[cosine(one, o) for one in samples] for samples, o in zip(pictures, others, strict=True)])
+
+
+def mean_of_means(values: Sequence[Sequence[float]]) -> Interval:
+    """Over image prompts, of each one's samples."""
+    return bootstrap([float(np.mean(samples)) for samples in values], np.mean)
 
 
 def cosine(first: Vector, second: Vector) -> float:
@@ -82,6 +86,6 @@ def frechet_distance(real: NDArray[np.float32], drawn: NDArray[np.float32]) -> f
 def psnr(first: Path, second: Path) -> float:
     """Peak signal-to-noise ratio of two 8-bit pictures of one size, decibels."""
     with Image.open(first) as one, Image.open(second) as other:
-        a, b = (np.asarray(image.convert("RGB"), np.float64) for image in (one, other))
+        a, b = (np.asarray(image.convert("RGB"), np.int32) for image in (one, other))
     error = float(np.mean((a - b) ** 2))
     return EQUAL_PSNR if error == 0 else min(EQUAL_PSNR, 10 * float(np.log10(255**2 / error)))

@@ -14,6 +14,7 @@ from ipa.benchmarks.demo_weights import restored_demo
 from ipa.benchmarks.origin import origin
 from ipa.benchmarks.quality_arms import BASE, ENGINE, SWEEP, TORCH, Arms, Settings, TorchModel
 from ipa.benchmarks.quality_data import Data, Item, read_data
+from ipa.benchmarks.quality_lpips import Lpips
 from ipa.benchmarks.quality_measure import DEMO, Eyes, difference, open_eyes, quality
 from ipa.benchmarks.quality_metrics import FID_INTERVAL, similarity
 from ipa.benchmarks.quality_models import Inception
@@ -44,6 +45,7 @@ class Options:
     image_root: Path | None = None
     dino: Path | None = None
     inception: Path | None = None
+    lpips: Path | None = None
     limit: int | None = None
     engine: str = "auto"
     settings: Settings = field(default_factory=Settings)
@@ -65,6 +67,7 @@ def run_quality(options: Options, report: Callable[[str], None]) -> QualityRecor
     with ExitStack() as stack:
         pipe = stack.enter_context(Pipeline.open(options.bundle or demo_bundle(), engine=options.engine))
         eyes, missing = open_eyes(options.clip, options.dino, options.inception, options.output / "embeddings", stack)
+        lpips = Lpips(options.lpips) if options.lpips else None
         arms = Arms(pipe, data.items, options.settings, pictures)
         model = _torch_model(options, report)
         if options.is_forced:
@@ -73,7 +76,7 @@ def run_quality(options: Options, report: Callable[[str], None]) -> QualityRecor
         drawn = _draw(arms, folders, model)
         missing += _not_measured(options, model)
         figures = [quality(name, TITLES[name], one, data, eyes) for name, one in drawn.items()]
-        differences = [difference(ENGINE, TORCH, drawn[ENGINE], drawn[TORCH])] if model else []
+        differences = [difference(ENGINE, TORCH, drawn[ENGINE], drawn[TORCH], lpips)] if model else []
         sweep = _sweep(arms, folders, eyes, options) if options.sweep else None
         _write_sheet(data, {TITLES[name]: one for name, one in drawn.items()}, options.output / SHEET_FILE)
         setting = _setting(options, data, arms, pipe, eyes, model)
@@ -156,8 +159,8 @@ def _not_measured(options: Options, model: TorchModel | None) -> list[NotMeasure
     missing = []
     if model is None:
         missing.append(NotMeasured(TORCH, "give the same model to PyTorch with --base DIR --adapter FILE"))
-    else:
-        missing.append(NotMeasured("LPIPS", "torchmetrics loads its networks by torchvision, which downloads them"))
+    elif options.lpips is None:
+        missing.append(NotMeasured("LPIPS", "give AlexNet's weights as torchvision has them with --lpips FILE"))
     if not options.sweep:
         missing.append(NotMeasured("scale sweep", "ask for it with --sweep 0,0.25,0.5,0.75,1"))
     return missing
@@ -188,6 +191,7 @@ def _setting(
         "clip": eyes.clip.model.title,
         "clip_sha256": eyes.clip.model.sha256,
         "dino": eyes.dino.model.title if eyes.dino else None,
+        "lpips": None if options.lpips is None else f"AlexNet, {options.lpips}",
         "intervals": "95 %, image prompts resampled",
         "sheet": SHEET_FILE,
     }

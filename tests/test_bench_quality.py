@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchmetrics.functional.image.lpips as torchmetrics_lpips
 import torchmetrics.image.fid
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
 from ipa.benchmarks import quality_models
 from ipa.benchmarks.quality_eye import Eye
+from ipa.benchmarks.quality_lpips import Lpips, alexnet_features
 from ipa.benchmarks.quality_metrics import EQUAL_PSNR, cosine, fid, frechet_distance, psnr, similarity
 from ipa.benchmarks.quality_models import Clip, Dino, Inception, inception_obstacle
 from ipa.engines.errors import IpaError
@@ -159,6 +161,29 @@ def test_psnr(tmp_path: Path) -> None:
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     assert psnr(tmp_path / "a.png", tmp_path / "b.png") == pytest.approx(20 * np.log10(255 / 10))
     assert psnr(tmp_path / "a.png", tmp_path / "c.png") == EQUAL_PSNR
+
+
+def test_lpips_is_torchmetrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = alexnet_features()
+    weights = {f"features.{name}": weight for name, weight in network.state_dict().items()}
+    torch.save({**weights, "classifier.1.weight": torch.zeros(1)}, tmp_path / "alexnet.pth")
+    monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", lambda name, pretrained: network)
+    theirs = torchmetrics_lpips._LPIPS(net="alex")
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for number, file in enumerate(files):
+        picture(number, 72, 64).save(file)
+    one, other = (torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None] / 255 for file in files)
+    expected = float(theirs(one, other, normalize=True))
+    assert expected > 0.01
+    lpips = Lpips(tmp_path / "alexnet.pth")
+    assert lpips(*files) == pytest.approx(expected, rel=1e-4)
+    assert lpips(files[0], files[0]) == 0
+    torch.save(weights | {"features.0.bias": torch.zeros(3)}, tmp_path / "other.pth")
+    (tmp_path / "broken.pth").write_bytes(b"zzz")
+    for name, message in (("other", "has not AlexNet's convolutions"), ("broken", "cannot be read as weights")):
+        with pytest.raises(IpaError, match=message):
+            Lpips(tmp_path / f"{name}.pth")
 
 
 def test_an_eye_looks_once(tmp_path: Path) -> None:

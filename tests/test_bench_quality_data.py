@@ -81,6 +81,9 @@ BAD = {
     "is not a plain file name": bad_captions(
         {"images": [{"id": 1, "file_name": "../a.jpg"}], "annotations": [{"image_id": 1, "caption": "a cat"}]}
     ),
+    "there are two images 'a'": bad_captions(
+        {"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "a.png"}], "annotations": []}
+    ),
     "none of its 1 images can be read": bad_captions(
         {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "a cat"}]}
     ),
