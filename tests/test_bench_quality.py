@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torchmetrics.functional.image.lpips as torchmetrics_lpips
 import torchmetrics.image.fid
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_eyes import picture, tiny_clip, tiny_dino
+from tiny_eyes import Extractor, picture, stand_in_for_inception, tiny_clip, tiny_dino
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
 from ipa.benchmarks import quality_models
@@ -108,28 +107,10 @@ def test_frechet_distance_is_the_closed_form() -> None:
     assert frechet_distance(x, z) == pytest.approx(expected, rel=1e-9)
 
 
-class Extractor(torch.nn.Module):
-    """In Inception's place: from uint8 pictures of any size to 5 features."""
-
-    num_features = 5
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        small = torch.nn.functional.adaptive_avg_pool2d(pixels.float(), 2).flatten(1) / 255
-        return small[:, :5] + 0.5 * small[:, 5:10]
-
-
 @pytest.fixture
 def tiny_inception(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A weights file; torchmetrics then has `Extractor` for its network."""
-    real = torchmetrics.image.fid.FrechetInceptionDistance
-
-    def stand_in(feature: Any, feature_extractor_weights_path: str | None = None) -> Any:
-        return real(Extractor() if feature == 2048 else feature)
-
-    monkeypatch.setattr(torchmetrics.image.fid, "FrechetInceptionDistance", stand_in)
-    file = tmp_path / "inception.pth"
-    file.write_bytes(b"weights")
-    return file
+    """A weights file, with `Extractor` for the network."""
+    return stand_in_for_inception(monkeypatch, tmp_path)
 
 
 def test_fid_is_torchmetrics_of_the_same_pictures(tiny_inception: Path) -> None:

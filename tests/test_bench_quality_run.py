@@ -8,15 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import torchmetrics.image.fid
 from click.testing import CliRunner, Result
-from PIL import Image
-from tiny_eyes import coco, tiny_clip, tiny_dino
+from PIL import Image, ImageOps
+from tiny_eyes import Extractor, coco, stand_in_for_inception, tiny_clip, tiny_dino
 
-from ipa.benchmarks import quality_models
+from ipa.benchmarks import quality_measure, quality_models
 from ipa.benchmarks.cli import main
+from ipa.benchmarks.quality_lpips import alexnet_features
 from ipa.benchmarks.quality_metrics import psnr
 from ipa.benchmarks.records import QualityRecord, read_record
+from ipa.runtime.image_files import open_image
 from ipa.runtime.pipeline import Pipeline
 
 SMALL = ["--height", "64", "--width", "64", "--steps", "2", "--guidance-scale", "3", "--engine", "onnxruntime"]
@@ -48,11 +53,20 @@ def figures(output: Path) -> QualityRecord:
 
 
 def test_engine_pytorch_and_base(
-    tiny_bundle: Path, tiny_base: Path, tiny_adapter_file: Path, models: dict[str, Path], tmp_path: Path
+    tiny_bundle: Path,
+    tiny_base: Path,
+    tiny_adapter_file: Path,
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(quality_measure, "inception_obstacle", lambda: "")
+    weights = tmp_path / "alexnet.pth"
+    torch.save({f"features.{name}": one for name, one in alexnet_features().state_dict().items()}, weights)
     options = ["--bundle", tiny_bundle, "--base", tiny_base, "--adapter", tiny_adapter_file, "--sweep", "1,0", *SMALL]
     eyes = ["--data", models["data"], "--clip", models["clip"], "--dino", models["dino"], "--samples", 2]
-    result = run(tmp_path, *options, *eyes)
+    more = ["--inception", stand_in_for_inception(monkeypatch, tmp_path), "--lpips", weights]
+    result = run(tmp_path, *options, *eyes, *more)
     assert result.exit_code == 0, result.output
     found = record(tmp_path)
     engine, theirs, base = found.arms
@@ -71,9 +85,22 @@ def test_engine_pytorch_and_base(
     assert found.sweep is not None and found.sweep.scales == [0, 1] and found.sweep.clip_i[0] != found.sweep.clip_i[1]
     assert Image.open(tmp_path / "sheet.png").size == (110 + 4 * 134, 22 + 3 * 134)
     assert Image.open(tmp_path / found.sweep.sheet).size == (110 + 3 * 134, 22 + 3 * 134)
-    assert [row.name for row in found.not_measured] == ["FID", "LPIPS"]
+    assert found.not_measured == []
+    assert difference.lpips is not None and 0 <= difference.lpips.value < 1e-3
+    metric = torchmetrics.image.fid.FrechetInceptionDistance(Extractor())
+    for number in (10, 11, 12):
+        image = open_image(models["data"] / "val2017" / f"{number:012}.jpg")
+        metric.update(as_batch(ImageOps.fit(image, (64, 64), Image.Resampling.BICUBIC)), real=True)
+        for sample in (0, 1):
+            metric.update(as_batch(Image.open(tmp_path / "pictures/engine" / f"{number:012}-{sample}.png")), real=False)
+    assert engine.fid is not None and engine.fid.value == pytest.approx(float(metric.compute()), rel=1e-3)
+    assert found.setting["fid_pictures"] == {"data": 3, "drawn": 6} and "299 x 299" in result.output
     value = engine.clip_t.value if engine.clip_t else 0
     assert f"x 2.5 as in the paper {2.5 * value:.3f}, x 100 as torchmetrics {100 * value:.2f}" in result.output
+
+
+def as_batch(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
 
 def failing(calls: int, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,7 +121,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_figures(
     options = ["--bundle", tiny_bundle, "--data", models["data"], "--clip", models["clip"], "--samples", 2, *SMALL]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(whole, *options).exit_code == 0
-    for cls, name, calls in ((Pipeline, "run", 2), (Pipeline, "run", 2), (quality_models.Clip, "image", 7)):
+    for cls, name, calls in ((Pipeline, "run", 4), (quality_models.Clip, "image", 7)):
         with monkeypatch.context() as patch:
             patch.setattr(cls, name, failing(calls, getattr(cls, name)))
             result = run(parts, *options)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+import torchmetrics.image.fid
 from PIL import Image
 from tiny import shake, tiny_tokenizer
 from transformers import (
@@ -44,6 +46,29 @@ def tiny_dino(folder: Path, kind: str = "vit") -> Any:
     if kind == "vit":
         return _saved(ViTModel(ViTConfig(**sizes, intermediate_size=48), add_pooling_layer=False), folder)
     return _saved(Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2)), folder)
+
+
+class Extractor(torch.nn.Module):
+    """In Inception's place: from uint8 pictures of any size to 5 features."""
+
+    num_features = 5
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        small = torch.nn.functional.adaptive_avg_pool2d(pixels.float(), 2).flatten(1) / 255
+        return small[:, :5] + 0.5 * small[:, 5:10]
+
+
+def stand_in_for_inception(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
+    """A weights file; torchmetrics then has `Extractor` for its network."""
+    real = torchmetrics.image.fid.FrechetInceptionDistance
+
+    def stand_in(feature: Any, feature_extractor_weights_path: str | None = None) -> Any:
+        return real(Extractor() if feature == 2048 else feature)
+
+    monkeypatch.setattr(torchmetrics.image.fid, "FrechetInceptionDistance", stand_in)
+    file = folder / "inception.pth"
+    file.write_bytes(b"weights")
+    return file
 
 
 def picture(seed: int, width: int = 48, height: int = 40) -> Image.Image:
