@@ -6,6 +6,7 @@ bundle's order, and their random values say which weight is where: whole, transp
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def restored_demo(bundle: Bundle, folder: Path) -> tuple[Path, Path]:
     Raises:
         IpaError: a weight is not to be found in the bundle.
     """
-    made = folder / bundle.graph("unet").sha256[:16]
+    sums = "".join(graph.sha256 for _, graph in sorted(bundle.manifest.graphs().items()))
+    made = folder / hashlib.sha256(sums.encode()).hexdigest()[:16]
     if not made.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_folder(made) as partial:

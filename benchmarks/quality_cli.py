@@ -123,6 +123,8 @@ def quality(
     except KeyboardInterrupt:
         click.echo("ipa-bench: stopped; the same command goes on from here", err=True)
         sys.exit(130)
+    except OSError as error:  # a full disk, an OUTPUT that is a file
+        raise IpaError(f"{error.filename or output}: {error.strerror or error}; the same command goes on") from error
     click.echo(table(record))
     click.echo(output / RECORD_FILE)
 

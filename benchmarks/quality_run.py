@@ -74,7 +74,7 @@ def run_quality(options: Options, report: Callable[[str], None]) -> QualityRecor
             remove_arms(pictures)
         folders = _folders(arms, model, options.sweep)
         drawn = _draw(arms, folders, model)
-        missing += _not_measured(options, model)
+        missing += _not_measured(options, model, eyes, data)
         figures = [quality(name, TITLES[name], one, data, eyes) for name, one in drawn.items()]
         differences = [difference(ENGINE, TORCH, drawn[ENGINE], drawn[TORCH], lpips)] if model else []
         sweep = _sweep(arms, folders, eyes, options) if options.sweep else None
@@ -155,8 +155,10 @@ def _opened(drawn: Drawn) -> list[Image.Image]:
     return [open_image(files[0]) for files in drawn.files[:SHEET_ROWS]]
 
 
-def _not_measured(options: Options, model: TorchModel | None) -> list[NotMeasured]:
+def _not_measured(options: Options, model: TorchModel | None, eyes: Eyes, data: Data) -> list[NotMeasured]:
     missing = []
+    if eyes.inception and len(data.items) == 1:
+        missing.append(NotMeasured("FID", "one picture has no spread; take more with --limit"))
     if model is None:
         missing.append(NotMeasured(TORCH, "give the same model to PyTorch with --base DIR --adapter FILE"))
     elif options.lpips is None:

@@ -172,13 +172,25 @@ def test_bad_input_is_one_message(name: str, tiny_bundle: Path, models: dict[str
         assert result.output.startswith("ipa-bench: ") and result.output.count("\n") == 1
 
 
-def test_texts_can_be_left_out(tiny_bundle: Path, models: dict[str, Path], tmp_path: Path) -> None:
+def test_an_output_that_is_a_file_is_one_message(tiny_bundle: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    result = run(tmp_path / "out", "--bundle", tiny_bundle, "--data", models["data"], "--clip", models["clip"])
+    assert result.exit_code == 2 and result.output.count("\n") == 1
+    assert result.output.startswith(f"ipa-bench: {tmp_path}/out") and "Not a directory" in result.output
+
+
+def test_texts_can_be_left_out(
+    tiny_bundle: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ["--bundle", tiny_bundle, "--data", models["data"], "--clip", models["clip"], "--limit", 1, *SMALL]
+    monkeypatch.setattr(quality_measure, "inception_obstacle", lambda: "")
+    options += ["--inception", stand_in_for_inception(monkeypatch, tmp_path)]
     assert run(tmp_path, *options, "--samples", 1, "--image-only").exit_code == 0
     settings = {
         arm: json.loads((tmp_path / "pictures" / arm / "settings.json").read_text()) for arm in ("engine", "base")
     }
     assert settings["engine"]["is_image_only"] and not settings["base"]["is_image_only"]
     found = record(tmp_path)
+    assert found.arms[0].fid is None  # of one picture
     assert found.setting["is_image_only"] and found.setting["images"] == 1
     assert [row.name for row in found.not_measured] == ["DINO", "FID", "torch-eager", "scale sweep"]
