@@ -6,7 +6,7 @@ PACKAGES := engines runtime export trainer benchmarks
 # Ranges live in pyproject.toml; these are the exact versions that were tested.
 INSTALL = install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow gpu-check check types clean
+.PHONY: demo test test-slow gpu-check bench check types clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -24,6 +24,12 @@ test-slow: .venv-dev/installed
 gpu-check: $(if $(GPU_PYTHON),,.venv-dev/installed)
 	$(if $(GPU_EXTRAS),.venv-dev/bin/pip $(INSTALL) -e '.[dev$(comma)$(GPU_EXTRAS)]')
 	$(or $(GPU_PYTHON),.venv-dev/bin/python) -m ipa.benchmarks.gpu_check --output $(OUT)
+
+# The CPU set: the demo model on every engine and in PyTorch, speed and quality, in under 20 minutes on two cores.
+bench: .venv-dev/installed
+	.venv-dev/bin/ipa-bench speed --model demo --output $(OUT)/bench
+	.venv-dev/bin/ipa-bench quality --samples 1 --sweep 0,0.25,0.5,0.75,1 --output $(OUT)/bench
+	.venv-dev/bin/ipa-bench report --records $(OUT)/bench --output $(OUT)/bench
 
 check: .venv-dev/installed types
 	.venv-dev/bin/ruff format --check .

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ipa.benchmarks.quality_cli import quality
 from ipa.benchmarks.report_cli import report
 from ipa.benchmarks.speed_cli import speed
 from ipa.engines.errors import IpaError
@@ -31,3 +32,4 @@ def main() -> None:
 
 main.add_command(report)
 main.add_command(speed)
+main.add_command(quality)

@@ -17,9 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import click
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
+from ipa.benchmarks.quality_sheets import Row, contact_sheet, save_sheet
 from ipa.engines.bundle import hash_file
 from ipa.engines.registry import backend_named
 from ipa.runtime import Pipeline
@@ -29,7 +30,6 @@ from ipa.trainer.demo.judge import SHIPPED, load_judge
 
 SCALES = (0.0, 0.5, 1.0)
 SHEET_PAIRS = 8
-CELL, GAP, LABEL = 128, 6, 22  # pixels
 
 
 def generate(pipe: Pipeline, pairs: Sequence[Pair], scale: float, steps: int, guidance: float) -> list[Image.Image]:
@@ -46,25 +46,6 @@ def generate(pipe: Pipeline, pairs: Sequence[Pair], scale: float, steps: int, gu
         )[0]
         for number, pair in enumerate(tqdm(pairs, desc=f"scale {scale}", unit="image", disable=None))
     ]
-
-
-def contact_sheet(pairs: Sequence[Pair], columns: dict[str, Sequence[Image.Image]]) -> Image.Image:
-    """A row per pair: its text, the image prompt, and a picture per column."""
-    font = ImageFont.load_default(size=14)
-    titles = ["image prompt", *columns]
-    text_width = 110
-    size = (text_width + len(titles) * (CELL + GAP), LABEL + len(pairs) * (CELL + GAP))
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        pen.text((text_width + column * (CELL + GAP), 3), title, "black", font)
-    for row, pair in enumerate(pairs):
-        top = LABEL + row * (CELL + GAP)
-        pen.text((6, top + CELL // 2 - 8), f'"{pair.prompt}"', "black", font)
-        cells = [pair.reference, *(images[row] for images in columns.values())]
-        for column, cell in enumerate(cells):
-            sheet.paste(cell, (text_width + column * (CELL + GAP), top))
-    return sheet
 
 
 def table(scores: dict[str, Scores]) -> str:
@@ -123,9 +104,8 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     (output / "demo_quality.json").write_text(json.dumps(record, indent=1) + "\n")
     if sheet is not None:
-        contact_sheet(pairs[:SHEET_PAIRS], {name: images[:SHEET_PAIRS] for name, images in pictures.items()}).save(
-            sheet, optimize=True
-        )
+        rows = [Row(pair.prompt, pair.reference) for pair in pairs[:SHEET_PAIRS]]
+        save_sheet(contact_sheet(rows, {name: images[:SHEET_PAIRS] for name, images in pictures.items()}), sheet)
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ def _obstacle(name: str, models: Models, setting: Setting) -> str:
             return "PyTorch needs the ControlNet that the bundle was exported with: add --controlnet"
         return ""
     if name == PLAIN:
-        if models.merged is None:
-            return "there is no ordinary graph of this model and task: `ipa-export onnx --merged` has none, or not here"
+        if models.merged is None or setting.task != "variation":
+            return f"there is no ordinary graph of {models.name} for the task {setting.task}"
         backend: Backend = backend_named("onnxruntime")
     else:
         backend = backend_named(name)

@@ -96,9 +96,18 @@ def users_own(bundle: Path, base: Path | None, adapter: Path | None, controlnet:
     return Models(bundle.name, title, bundle, base, adapter, Path(source.location), source.name)
 
 
-def demo(base: Path | None, adapter: Path | None) -> Models:
-    """The shipped demo model."""
-    return Models(DEMO, "the demo model", demo_bundle(), base, adapter)
+def demo(folder: Path) -> Models:
+    """The shipped demo model; what PyTorch and plain onnxruntime need of it is made from its bundle."""
+    from ipa.benchmarks.demo_weights import restored_demo
+
+    bundle = Bundle.open(demo_bundle())
+    base, adapter = restored_demo(bundle, folder / DEMO)
+    dtype = bundle.manifest.components["unet"].spec.inputs[0].dtype
+    merged = base.with_name(f"merged-{dtype}") / "step.onnx"
+    models = Models(DEMO, "the demo model", bundle.root, base, adapter, merged=merged)
+    if not merged.exists():
+        write_merged(models, adapter, merged, dtype)
+    return models
 
 
 def write_plus_adapter(models: Models) -> Path:
@@ -111,7 +120,7 @@ def write_plus_adapter(models: Models) -> Path:
 
 
 def write_merged(models: Models, adapter: Path, file: Path, dtype: str) -> None:
-    """The ordinary graph of a preset with another adapter inside."""
+    """The ordinary graph with an adapter inside."""
     from ipa.engines.spec import ONE_SLOT
     from ipa.export.adapters import read_adapter
     from ipa.export.dimensions import base_dimensions

@@ -149,7 +149,7 @@ class Quality:
         dino: cosine of DINO's embeddings of pictures and image prompts.
         fid: Fréchet distance of the pictures to the data's.
         rates: shares that only the demo's judge can tell, such as `foreground colour`.
-        seconds_per_image: the median.
+        seconds_per_image: the median. Arms draw one after the other; `ipa-bench speed` is what compares their speed.
     """
 
     name: str

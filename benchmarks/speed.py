@@ -123,10 +123,15 @@ def _lacking(record: SpeedRecord, name: str, reason: str) -> SpeedRecord:
 
 
 def _models(options: SpeedOptions, dtype: str) -> Models:
+    given = [name for name in ("base", "adapter", "controlnet") if getattr(options, name) is not None]
+    if given and options.model in (*PRESETS, DEMO):
+        raise RequestError(
+            f"--{given[0]} goes with a bundle of yours, --model {options.model} has its own: leave it out"
+        )
     if options.model in PRESETS:
         return preset(options.model, options.folder, options.task, dtype)
     if options.model == DEMO:
-        return demo(options.base, options.adapter)
+        return demo(options.folder)
     bundle = Path(options.model)
     if not bundle.is_dir():
         raise RequestError(f"--model {options.model} is no folder, and none of {', '.join((*PRESETS, DEMO))}")

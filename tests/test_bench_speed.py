@@ -108,12 +108,14 @@ def test_a_bundle_without_its_models(tiny_bundle: Path, tmp_path: Path) -> None:
         (["--engine", "warp"], "unknown contender 'warp', expected some of torch-eager"),
         (["--resolution", "big"], "--resolution is 'big', expected WIDTHxHEIGHT"),
         (["--resolution", "100x100"], "expected a multiple of 8"),
+        (["--base", "x"], "--base goes with a bundle of yours, --model demo has its own: leave it out"),
         (["--engine", "onnxruntime-plain"], "no contender can run: onnxruntime-plain: there is no ordinary graph"),
         (["--task", "controlnet"], "has no ControlNet"),
     ],
 )
-def test_bad_options_are_refused(options: list[str], message: str, tmp_path: Path) -> None:
-    result = bench("--output", tmp_path, *options)
+def test_bad_options_are_refused(options: list[str], message: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    model = [] if options[0] in ("--model", "--base") else ["--model", tiny_bundle]
+    result = bench("--output", tmp_path, *model, *options)
     assert result.exit_code == 2, result.output
     assert message in result.output and len(result.output.splitlines()) == 1
     assert not list(tmp_path.glob("*.json"))

@@ -1,0 +1,196 @@
+"""Whole runs of `ipa-bench quality` on tiny models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics.image.fid
+from click.testing import CliRunner, Result
+from PIL import Image, ImageOps
+from tiny_eyes import Extractor, coco, stand_in_for_inception, tiny_clip, tiny_dino
+
+from ipa.benchmarks import quality_measure, quality_models
+from ipa.benchmarks.cli import main
+from ipa.benchmarks.quality_lpips import alexnet_features
+from ipa.benchmarks.quality_metrics import psnr
+from ipa.benchmarks.records import QualityRecord, read_record
+from ipa.runtime.image_files import open_image
+from ipa.runtime.pipeline import Pipeline
+
+SMALL = ["--height", "64", "--width", "64", "--steps", "2", "--guidance-scale", "3", "--engine", "onnxruntime"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models that look at pictures, and data in COCO's layout."""
+    folder = tmp_path_factory.mktemp("eyes")
+    tiny_clip(folder / "clip"), tiny_dino(folder / "dino"), coco(folder / "data")
+    return {name: folder / name for name in ("clip", "dino", "data")}
+
+
+def run(output: Path, *arguments: object) -> Result:
+    return CliRunner().invoke(main, ["quality", "--output", str(output), *map(str, arguments)])
+
+
+def record(output: Path) -> QualityRecord:
+    found = read_record(output / "quality.json")
+    assert isinstance(found, QualityRecord)
+    return found
+
+
+def figures(output: Path) -> QualityRecord:
+    """Without what differs from run to run."""
+    found = record(output)
+    arms = [replace(arm, seconds_per_image=0.0) for arm in found.arms]
+    return replace(found, origin=replace(found.origin, command="", created=""), arms=arms)
+
+
+def test_engine_pytorch_and_base(
+    tiny_bundle: Path,
+    tiny_base: Path,
+    tiny_adapter_file: Path,
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quality_measure, "inception_obstacle", lambda: "")
+    weights = tmp_path / "alexnet.pth"
+    torch.save({f"features.{name}": one for name, one in alexnet_features().state_dict().items()}, weights)
+    options = ["--bundle", tiny_bundle, "--base", tiny_base, "--adapter", tiny_adapter_file, "--sweep", "1,0", *SMALL]
+    eyes = ["--data", models["data"], "--clip", models["clip"], "--dino", models["dino"], "--samples", 2]
+    more = ["--inception", stand_in_for_inception(monkeypatch, tmp_path), "--lpips", weights]
+    result = run(tmp_path, *options, *eyes, *more)
+    assert result.exit_code == 0, result.output
+    found = record(tmp_path)
+    engine, theirs, base = found.arms
+    assert [arm.name for arm in found.arms] == ["engine", "torch-eager", "base"]
+    (difference,) = found.differences
+    assert difference.lowest_psnr > 45  # float32 on both sides: neighbours in rounding at most
+    for name in ("clip_i", "clip_t", "dino"):
+        ours = getattr(engine, name)
+        assert ours.value == pytest.approx(getattr(theirs, name).value, abs=2e-3)
+        assert ours.value != getattr(base, name).value and ours.low <= ours.value <= ours.high and ours.count == 3
+    assert found.setting["images"] == 3 and found.setting["samples"] == 2 and found.setting["scheduler"] == "pndm"
+    # Scale 0 is the base model. Its one sample is the first of two by the same seed.
+    for number in (10, 11, 12):
+        zero, without = (tmp_path / "pictures" / part / f"{number:012}" for part in ("sweep/0", "base"))
+        assert psnr(zero.with_suffix(".png"), without.with_name(f"{number:012}-0.png")) > 45
+    assert found.sweep is not None and found.sweep.scales == [0, 1] and found.sweep.clip_i[0] != found.sweep.clip_i[1]
+    assert Image.open(tmp_path / "sheet.png").size == (110 + 4 * 134, 22 + 3 * 134)
+    assert Image.open(tmp_path / found.sweep.sheet).size == (110 + 3 * 134, 22 + 3 * 134)
+    assert found.not_measured == []
+    assert difference.lpips is not None and 0 <= difference.lpips.value < 1e-3
+    metric = torchmetrics.image.fid.FrechetInceptionDistance(Extractor())
+    for number in (10, 11, 12):
+        image = open_image(models["data"] / "val2017" / f"{number:012}.jpg")
+        metric.update(as_batch(ImageOps.fit(image, (64, 64), Image.Resampling.BICUBIC)), real=True)
+        for sample in (0, 1):
+            metric.update(as_batch(Image.open(tmp_path / "pictures/engine" / f"{number:012}-{sample}.png")), real=False)
+    assert engine.fid is not None and engine.fid.value == pytest.approx(float(metric.compute()), rel=1e-3)
+    assert found.setting["fid_pictures"] == {"data": 3, "drawn": 6} and "299 x 299" in result.output
+    value = engine.clip_t.value if engine.clip_t else 0
+    assert f"x 2.5 as in the paper {2.5 * value:.3f}, x 100 as torchmetrics {100 * value:.2f}" in result.output
+
+
+def as_batch(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+
+
+def failing(calls: int, real: Callable[..., Any]) -> Callable[..., Any]:
+    """`real` that is interrupted after so many calls."""
+    left = iter(range(calls))
+
+    def call(*given: Any, **named: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return real(*given, **named)
+
+    return call
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_figures(
+    tiny_bundle: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--bundle", tiny_bundle, "--data", models["data"], "--clip", models["clip"], "--samples", 2, *SMALL]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(whole, *options).exit_code == 0
+    for cls, name, calls in ((Pipeline, "run", 4), (quality_models.Clip, "image", 7)):
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, name, failing(calls, getattr(cls, name)))
+            result = run(parts, *options)
+        assert (result.exit_code, result.output) == (130, "ipa-bench: stopped; the same command goes on from here\n")
+        assert not list(parts.rglob(".*"))
+    assert run(parts, *options).exit_code == 0
+    assert figures(parts) == figures(whole)
+    for file in (whole / "pictures").rglob("*.png"):
+        assert (parts / file.relative_to(whole)).read_bytes() == file.read_bytes()
+    # All is there now: nothing is drawn, nothing is looked at.
+    monkeypatch.setattr(Pipeline, "run", failing(0, Pipeline.run))
+    monkeypatch.setattr(quality_models.Clip, "image", failing(0, quality_models.Clip.image))
+    assert run(parts, *options).exit_code == 0
+    assert figures(parts) == figures(whole)
+    # Other settings are refused, unless all is drawn anew.
+    refused = run(parts, *options, "--steps", "3")
+    assert refused.exit_code == 2 and refused.output.count("\n") == 1
+    assert "num_inference_steps was 2 and is 3; choose another --output, or start over with --force" in refused.output
+    assert run(parts, *options, "--steps", "3", "--force").exit_code == 130  # it draws
+    assert not list((parts / "pictures").rglob("*.png"))
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "no data": (["--clip", "{clip}"], "--bundle {bundle} needs --data and --clip"),
+    "data that is not there": (["--data", "{data}/x", "--clip", "{clip}"], "--data {data}/x: no such file or folder"),
+    "data without captions": (["--data", "{clip}", "--clip", "{clip}"], "expected COCO's val2017/"),
+    "another model than CLIP": (["--data", "{data}", "--clip", "{dino}"], "model_type 'vit', expected clip"),
+    "base alone": (["--data", "{data}", "--clip", "{clip}", "--base", "{clip}"], "--base {clip} needs --adapter FILE"),
+    "adapter alone": (["--data", "{data}", "--clip", "{clip}", "--adapter", "x"], "needs --base DIR, too"),
+    "no pipeline": (
+        ["--data", "{data}", "--clip", "{clip}", "--base", "{clip}", "--adapter", "x"],
+        "--base {clip}: has no model_index.json",
+    ),
+    "no steps": (["--data", "{data}", "--clip", "{clip}", "--steps", "5000"], "num_inference_steps (--steps) is 5000"),
+    "no engine": (["--data", "{data}", "--clip", "{clip}", "--engine", "steam"], "steam"),
+    "no numbers": (["--data", "{data}", "--clip", "{clip}", "--sweep", "0,a"], "'0,a' is no list of numbers"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_message(name: str, tiny_bundle: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    places = {**{key: str(path) for key, path in models.items()}, "bundle": str(tiny_bundle)}
+    arguments, message = BAD[name]
+    result = run(tmp_path / "out", "--bundle", tiny_bundle, *(argument.format(**places) for argument in arguments))
+    assert result.exit_code == 2 and message.format(**places) in result.output, result.output
+    assert "Traceback" not in result.output
+    if "Usage:" not in result.output:
+        assert result.output.startswith("ipa-bench: ") and result.output.count("\n") == 1
+
+
+def test_an_output_that_is_a_file_is_one_message(tiny_bundle: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    result = run(tmp_path / "out", "--bundle", tiny_bundle, "--data", models["data"], "--clip", models["clip"])
+    assert result.exit_code == 2 and result.output.count("\n") == 1
+    assert result.output.startswith(f"ipa-bench: {tmp_path}/out") and "Not a directory" in result.output
+
+
+def test_texts_can_be_left_out(
+    tiny_bundle: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--bundle", tiny_bundle, "--data", models["data"], "--clip", models["clip"], "--limit", 1, *SMALL]
+    monkeypatch.setattr(quality_measure, "inception_obstacle", lambda: "")
+    options += ["--inception", stand_in_for_inception(monkeypatch, tmp_path)]
+    assert run(tmp_path, *options, "--samples", 1, "--image-only").exit_code == 0
+    settings = {
+        arm: json.loads((tmp_path / "pictures" / arm / "settings.json").read_text()) for arm in ("engine", "base")
+    }
+    assert settings["engine"]["is_image_only"] and not settings["base"]["is_image_only"]
+    found = record(tmp_path)
+    assert found.arms[0].fid is None  # of one picture
+    assert found.setting["is_image_only"] and found.setting["images"] == 1
+    assert [row.name for row in found.not_measured] == ["DINO", "FID", "torch-eager", "scale sweep"]
