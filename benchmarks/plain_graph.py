@@ -19,6 +19,7 @@ from ipa.export.onnx_export import Graph, export_graph
 from ipa.export.precision import to_half
 
 OPSET = 18
+TEXT_TOKENS = 77  # CLIP's
 DESCRIPTION = "spec.json"
 
 
@@ -68,6 +69,7 @@ def write_plain_graph(base: Path, folder: Path, dtype: str, usual: Mapping[str, 
     sample, timestep, *_ = SPECS["unet"].inputs
     states = TensorSpec("encoder_hidden_states", ("batch", "text_tokens", unet.config.cross_attention_dim))
     sizes = {"unet_in_channels": unet.config.in_channels, "latent_channels": unet.config.out_channels}
+    sizes["text_tokens"] = TEXT_TOKENS
     spec = ComponentSpec((sample, timestep, states), SPECS["unet"].outputs).resolved(sizes, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     module = PlainUNet(to_half(unet) if dtype == "float16" else unet)
