@@ -50,10 +50,10 @@ class DemoConfig:
     images: int = 40_000
     judge_images: int = 6_000
     adapter_pairs: int = 10_000
-    vae_steps: int = 2_500
+    vae_steps: int = 5_000
     clip_steps: int = 1_250
-    unet_steps: int = 12_900
-    decoder_steps: int = 12_000
+    unet_steps: int = 20_000
+    decoder_steps: int = 5_000
     adapter_steps: int = 4_000
     judge_steps: int = 1_400
     minutes: float | None = None

@@ -20,7 +20,7 @@ TEXT_LENGTH = 16  # the longest caption has 11 tokens; causal attention makes th
 CLASSES = (len(SHAPES), len(COLOURS), len(COLOURS), len(TEXTURES))  # shape, foreground, background, texture
 IMAGE_WEIGHTS = (0.5, 1.0, 1.0, 0.5)  # colours weigh most: the adapter sees the image embedding alone
 TEXT_WEIGHT = 0.25
-NAMED = (0.5, 0.45, 0.35)  # how often a caption names foreground, background and texture
+NAMED = (0.7, 0.7, 0.6)  # how often a caption names foreground, background and texture
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 

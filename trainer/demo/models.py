@@ -35,15 +35,18 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """4.8 million parameters in three levels with cross-attention and one without, as in SD 1.5."""
+    """4.6 million parameters in three levels with cross-attention and one without, as in SD 1.5.
+
+    Heads of 28 to 48 channels: narrower ones spend most of the training time in attention.
+    """
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
-        block_out_channels=(32, 64, 96, 128),
+        block_out_channels=(48, 64, 96, 112),
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         layers_per_block=1,
         cross_attention_dim=WIDTH,
-        attention_head_dim=4,
+        attention_head_dim=(1, 2, 3, 4),
         norm_num_groups=8,
     )
 

@@ -93,10 +93,9 @@ def describe(scene: Scene, texture: bool, foreground: bool, background: bool) ->
 
 def draw(scene: Scene, rng: np.random.Generator) -> Pixels:
     """The scene at a random place, size and angle, as (128, 128, 3) uint8 with anti-aliased edges."""
-    radius = rng.uniform(0.26, 0.40) * IMAGE_SIZE
-    margin = radius + 0.02 * IMAGE_SIZE
-    centre = rng.uniform(margin, IMAGE_SIZE - margin, size=2)
-    angle = rng.uniform(-0.3, 0.3)
+    radius = rng.uniform(0.28, 0.38) * IMAGE_SIZE
+    centre = rng.uniform(0.4, 0.6, size=2) * IMAGE_SIZE  # nothing touches the border
+    angle = rng.uniform(-0.2, 0.2)
     foreground, background = (_jittered(name, rng) for name in (scene.foreground, scene.background))
     coverage = _coverage(scene.shape, radius, centre, angle)[..., None]
     second = _second_tone(scene.foreground, foreground)
@@ -138,11 +137,11 @@ def _outlines(shape: str) -> list[tuple[NDArray[np.float64], int]]:
         case "triangle":
             return [(_spokes([1.0] * 3), 255)]
         case "star":
-            return [(_spokes([1.0, 0.45] * 5), 255)]
+            return [(_spokes([1.0, 0.5] * 5), 255)]
         case "ring":
             return [(disc, 255), (disc * 0.5, 0)]
         case "cross":
-            arm, tip = 0.32, 1.0
+            arm, tip = 0.36, 1.0
             corner = [[-arm, -tip], [arm, -tip], [arm, -arm]]
             quarter = np.array([[0, 1], [-1, 0]])  # a quarter turn of row vectors, in drawing order
             return [(np.concatenate([np.array(corner) @ np.linalg.matrix_power(quarter, k) for k in range(4)]), 255)]
@@ -167,7 +166,7 @@ def _pattern(texture: str, rng: np.random.Generator, angle: float) -> NDArray[np
     """How much of each pixel the second tone takes, (128, 128) in 0 to 1; at most 40 % on the whole."""
     y, x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float64)
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    period = rng.uniform(20, 26)
+    period = rng.uniform(22, 28)
     shift_u, shift_v = rng.uniform(0, period, size=2)
     du, dv = (np.abs((w + shift) % period - period / 2) for w, shift in ((u, shift_u), (v, shift_v)))
     second: NDArray[np.float64] = np.zeros_like(u)

@@ -20,7 +20,7 @@ BATCH = 48  # over all workers
 CAPTION_DROP = 0.1
 SNR_CAP = 5.0  # min-SNR weighting: arXiv:2303.09556, section 3.4
 SNR_FLOOR = 0.2  # added to it: the noisiest timesteps decide the colours, and would be learnt last
-OPTIMISATION = Optimisation(learning_rate=1e-3, warmup_steps=150, ema_decay=0.9985)
+OPTIMISATION = Optimisation(learning_rate=1e-3, warmup_steps=150, ema_decay=0.999)
 
 
 @dataclass(frozen=True)
