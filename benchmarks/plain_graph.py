@@ -9,35 +9,17 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from ipa.engines.spec import SPECS, ComponentSpec, TensorSpec
 from ipa.export import winograd
-from ipa.export.attention import attend
+from ipa.export.controlnets import TextAttention
 from ipa.export.onnx_export import Graph, export_graph
 from ipa.export.precision import to_half
 
 OPSET = 18
 TEXT_TOKENS = 77  # CLIP's
 DESCRIPTION = "spec.json"
-
-
-class TextAttention:
-    """Cross-attention as other exporters trace it: keys and values of the text made at every step."""
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        """Attend; (batch, positions, channels) in and out."""
-        states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        result = attend(attn, attn.to_q(hidden_states), attn.to_k(states), attn.to_v(states))
-        return attn.to_out[1](attn.to_out[0](result))  # type: ignore[no-any-return]
 
 
 class PlainUNet(torch.nn.Module):

@@ -33,7 +33,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ipa.benchmarks.plain_graph import PlainUNet, TextAttention
+from ipa.benchmarks.plain_graph import PlainUNet
 from ipa.benchmarks.random_inputs import random_inputs
 from ipa.benchmarks.rounds import interleave, ratio
 from ipa.engines.bundle import Bundle
@@ -44,6 +44,7 @@ from ipa.engines.spec import SPECS, ComponentSpec, TensorSpec
 from ipa.export import winograd
 from ipa.export.adapter_kinds import BASE
 from ipa.export.adapters import AdapterWeights, read_adapter
+from ipa.export.controlnets import TextAttention
 from ipa.export.dimensions import manifest_dimensions
 from ipa.export.onnx_export import Graph, export_graph
 from ipa.export.oracle import DiffusersStep

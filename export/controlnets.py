@@ -139,7 +139,7 @@ class ControlNetResiduals(nn.Module):
         model.register_to_config(global_pool_conditions=False)  # it would leave maps of one position
         for module in model.modules():
             if isinstance(module, Attention):
-                module.set_processor(_TextAttention())
+                module.set_processor(TextAttention())
         self.model = model
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -163,7 +163,7 @@ class ControlNetResiduals(nn.Module):
         return residuals
 
 
-class _TextAttention:
+class TextAttention:
     """Attention processor: self-attention, or attention to the text alone."""
 
     def __call__(
