@@ -85,3 +85,13 @@ def seconds(code: str) -> float:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print a line for each: `python -m ipa.benchmarks.start_up`."""
+    for row in start_ups():
+        print(f"{row.name}: import {row.import_seconds:.2f} s, {row.rss_mib:.0f} MiB; {row.installed_mb:.0f} MB on disk")
+
+
+if __name__ == "__main__":
+    main()
