@@ -90,7 +90,8 @@ def seconds(code: str) -> float:
 def main() -> None:
     """Print a line for each: `python -m ipa.benchmarks.start_up`."""
     for row in start_ups():
-        print(f"{row.name}: import {row.import_seconds:.2f} s, {row.rss_mib:.0f} MiB; {row.installed_mb:.0f} MB on disk")
+        memory = f"{row.rss_mib:.0f} MiB; {row.installed_mb:.0f} MB on disk"
+        print(f"{row.name}: import {row.import_seconds:.2f} s, {memory}")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,18 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-# A core for each worker, before any library counts them: tiny models gain nothing from threads, and threads that
-# spin while they wait for a core that another process has are slower by an order of magnitude.
-if hasattr(os, "sched_setaffinity"):
-    _cores = sorted(os.sched_getaffinity(0))
-    _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    os.sched_setaffinity(0, {_cores[_worker % len(_cores)]})
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A core for each worker, before any library counts them.
+
+    Tiny models gain nothing from threads, and threads that spin while they wait for a core that another process has are
+    slower by an order of magnitude. The process that starts the workers keeps all: they inherit what it has.
+    """
+    is_controller = "PYTEST_XDIST_WORKER" not in os.environ and config.getoption("numprocesses", None)
+    if hasattr(os, "sched_setaffinity") and not is_controller:
+        cores = sorted(os.sched_getaffinity(0))
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
 @pytest.fixture(scope="session")
