@@ -25,7 +25,7 @@ gpu-check: $(if $(GPU_PYTHON),,.venv-dev/installed)
 	$(if $(GPU_EXTRAS),.venv-dev/bin/pip $(INSTALL) -e '.[dev$(comma)$(GPU_EXTRAS)]')
 	$(or $(GPU_PYTHON),.venv-dev/bin/python) -m ipa.benchmarks.gpu_check --output $(OUT)
 
-# The CPU set: the demo model on every engine and in PyTorch, speed and quality, in under 20 minutes on two cores.
+# The CPU set: the demo model on every engine and in PyTorch, speed and quality, and the report.
 bench: .venv-dev/installed
 	.venv-dev/bin/ipa-bench speed --model demo --output $(OUT)/bench
 	.venv-dev/bin/ipa-bench quality --samples 1 --sweep 0,0.25,0.5,0.75,1 --output $(OUT)/bench

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -74,13 +75,12 @@ class ContenderProcess:
             text=True,
             start_new_session=True,  # Ctrl-C is ours to answer
         )
-        try:
+        with ExitStack() as unless_ready:
+            unless_ready.callback(self.close)
             self._read()
             self.load_seconds = time.perf_counter() - start
             told = self._ask(do="describe")
-        except BaseException:
-            self.close()
-            raise
+            unless_ready.pop_all()
         self.dtype, self.stage_names = str(told["dtype"]), list(told["stages"])
 
     @property
