@@ -26,8 +26,16 @@ def define_attention(model: Any) -> None:
 
 
 def expanded(model: Any) -> Any:
-    """A graph of standard operators alone; large weights may stay outside."""
+    """A graph of standard operators alone; the weights move over from `model`, or stay outside in their files."""
+    weights = {}
+    for tensor in model.graph.initializer:  # put aside: the inliner takes and gives messages, which end at 2 GiB
+        if tensor.HasField("raw_data"):
+            weights[tensor.name] = tensor.raw_data
+            tensor.ClearField("raw_data")
     model = inliner.inline_local_functions(model)
+    for tensor in model.graph.initializer:
+        if tensor.name in weights:
+            tensor.raw_data = weights.pop(tensor.name)
     for entry in [entry for entry in model.opset_import if entry.domain == DOMAIN]:
         model.opset_import.remove(entry)
     return model

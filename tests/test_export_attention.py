@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from onnx import inliner
 
 from ipa.engines.bundle import Bundle
 from ipa.export.attention import SpatialAttention, attend
@@ -48,6 +49,21 @@ def test_the_definition_agrees_with_the_kernel(tiny_bundle: Path, component: str
     for case, inputs in cases(spec, 8, 1000):
         expected, found = kernel.run(None, inputs)[0], definition.run(None, inputs)[0]
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.ptp(expected), err_msg=case)
+
+
+def test_weights_are_put_aside_while_it_is_expanded(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full size they are more than the 2 GiB that a message may have."""
+    sizes, inline = [], inliner.inline_local_functions
+
+    def counted(model: onnx.ModelProto) -> onnx.ModelProto:
+        sizes.append(sum(len(tensor.raw_data) for tensor in model.graph.initializer))
+        return inline(model)
+
+    monkeypatch.setattr(inliner, "inline_local_functions", counted)
+    original = onnx.load(tiny_bundle / "unet" / "model.onnx")
+    standard = expanded(onnx.load(tiny_bundle / "unet" / "model.onnx"))
+    assert sizes == [0]
+    assert list(standard.graph.initializer) == list(original.graph.initializer)
 
 
 def test_onnxruntime_runs_its_own_kernel(tiny_bundle: Path, tmp_path: Path) -> None:
