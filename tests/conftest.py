@@ -250,3 +250,39 @@ def _export_xl(output: Path, base: str, files: dict[str, Path], controlnets: dic
     adapters = tuple(AdapterFile(name, file) for name, file in files.items())
     controls = tuple(ControlNetSource(name, str(folder)) for name, folder in controlnets.items())
     export_bundle(ExportRequest(base, output, adapters=adapters, dtype=dtype, controlnets=controls))
+
+
+@pytest.fixture(scope="session")
+def other_vae(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VAE folder of the same sizes, other weights and another scaling factor."""
+    from tiny import another_vae
+
+    return another_vae(tiny_base, tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    """An image prompt."""
+    from picture_files import random_picture
+
+    random_picture(50, 40).save(tmp_path / "cat.png")
+    return tmp_path / "cat.png"
+
+
+@pytest.fixture
+def ipa_run(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Call the command in `tmp_path`; returns exit code, standard output, standard error."""
+    from commands import call_ipa_run
+
+    def call(*arguments: object, bundle: Path = tiny_bundle) -> tuple[int, str, str]:
+        given = list(arguments)
+        if "--from" not in given and "--bundle" not in given:
+            given += ["--bundle", bundle]
+        if "--from" not in given and "--engine" not in given:
+            given += ["--engine", "onnxruntime"]  # the same bits everywhere; with --from the recorded one is taken
+        monkeypatch.chdir(tmp_path)
+        return call_ipa_run(monkeypatch, capsys, *given)
+
+    return call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,18 @@ import torch
 from click.testing import CliRunner
 from diffusers import (
     AutoencoderKL,
-    AutoencoderTiny,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from original_layout import original_state_dict, original_vae, write_checkpoint
+from original_layout import original_state_dict, write_checkpoint
 from safetensors.torch import load_file, save_file
+from tiny import same_weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ipa.benchmarks.full_size import CLIP_TEXT_2, FULL_XL
 from ipa.engines.bundle import Bundle, hash_file
-from ipa.engines.errors import IpaError
 from ipa.engines.spec import SD15, SDXL
 from ipa.export.changes import BaseChanges
 from ipa.export.cli import main
@@ -53,23 +51,6 @@ def checkpoint(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def xl_checkpoint(tiny_xl_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tiny_xl_base, tmp_path_factory.mktemp("checkpoint") / "xl.safetensors")
-
-
-@pytest.fixture(scope="module")
-def other_vae(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VAE folder of the same sizes, other weights and another scaling factor."""
-    torch.manual_seed(5)
-    options = AutoencoderKL.load_config(tiny_base / "vae")
-    folder = tmp_path_factory.mktemp("vae")
-    AutoencoderKL.from_config({**options, "scaling_factor": 0.5}).save_pretrained(folder)
-    return folder
-
-
-def same_weights(found: torch.nn.Module, expected: torch.nn.Module) -> None:
-    left, right = found.state_dict(), expected.state_dict()
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert torch.equal(tensor, right[name]), name
 
 
 def test_a_checkpoint_gives_the_graphs_of_its_pipeline(
@@ -300,56 +281,6 @@ def test_refuses_options(arguments: list[str], message: str, checkpoint: Path, t
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "layout", ["folder", "pipeline", "diffusers file", "old names", "original file", "prefixed pickle"]
-)
-def test_another_vae_replaces_the_pipeline_s(layout: str, other_vae: Path, tiny_base: Path, tmp_path: Path) -> None:
-    expected = AutoencoderKL.from_pretrained(other_vae)
-    original = original_vae(expected)
-    if layout == "folder":
-        vae = other_vae
-    elif layout == "pipeline":
-        vae = Path(shutil.copytree(tiny_base, tmp_path / "pipeline"))
-        shutil.copytree(other_vae, vae / "vae", dirs_exist_ok=True)
-    elif layout == "diffusers file":
-        vae = other_vae / "diffusion_pytorch_model.safetensors"
-    elif layout == "old names":  # as sd-vae-ft-mse has them
-        old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
-        vae = tmp_path / "old.safetensors"
-        renamed = {
-            next((name.replace(new, was) for new, was in old.items() if new in name), name): tensor.contiguous()
-            for name, tensor in expected.state_dict().items()
-        }
-        assert len([name for name in renamed if ".query." in name]) == 4  # weight and bias, twice
-        save_file(renamed, vae)
-    elif layout == "original file":
-        vae = tmp_path / "vae.safetensors"
-        save_file({**original, "loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}, vae)
-    else:
-        vae = tmp_path / "vae.pt"
-        torch.save({"state_dict": {f"first_stage_model.{name}": tensor for name, tensor in original.items()}}, vae)
-    base = BasePipeline(str(tiny_base), None, BaseChanges(vae=str(vae)))
-    same_weights(base.load_vae(), expected)
-    # a file does not say its scaling factor
-    assert base.vae_record.scaling_factor == (0.5 if layout in ("folder", "pipeline") else 0.18215)
-
-
-def test_vaes_of_other_families_are_refused(other_vae: Path, tiny_base: Path, tmp_path: Path) -> None:
-    AutoencoderTiny().save_pretrained(tmp_path / "taesd")
-    shifted = Path(shutil.copytree(other_vae, tmp_path / "shifted"))
-    config = json.loads((shifted / "config.json").read_text())
-    (shifted / "config.json").write_text(json.dumps({**config, "shift_factor": 0.1}))
-    wide = Path(shutil.copytree(other_vae, tmp_path / "wide"))
-    (wide / "config.json").write_text(json.dumps({**config, "latent_channels": 16}))
-    for vae, message in (
-        (tmp_path / "taesd", "AutoencoderTiny"),
-        (shifted, "shift_factor"),
-        (wide, "expected 16, as the vae"),
-    ):
-        with pytest.raises(IpaError, match=message):
-            BasePipeline(str(tiny_base), None, BaseChanges(vae=str(vae)))
 
 
 def test_a_checkpoint_without_a_vae_takes_another(

@@ -15,12 +15,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from lora_files import as_kohya, write_lora
 from original_layout import write_checkpoint
 from parity import assert_same_latents
 from safetensors.torch import load_file, save_file
-from test_export_changes import load_words, xl_vectors
-from test_export_lora import as_kohya, write_lora
 from test_fidelity_sdxl import make_request
+from words import load_words, xl_vectors
 
 from ipa.export.changes import BaseChanges
 from ipa.export.cli import main

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from commands import Run, call_ipa_run
 from PIL import Image
 
 from ipa.engines.errors import RequestError
-from ipa.runtime.cli import main
 from ipa.runtime.control_image import ControlImage
 from ipa.runtime.control_options import CONTROL_OPTIONS, control_fields
 from ipa.runtime.metadata import read_request
@@ -60,9 +59,6 @@ def test_options_that_do_not_fit(given: dict[str, list[str]], message: str) -> N
         fields(**given)
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
 def ipa_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Call the command where `edges.png` and `pose.png` lie; returns exit code, standard output, standard error."""
@@ -71,17 +67,7 @@ def ipa_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         Image.fromarray(pixels).resize((90, 60)).save(tmp_path / f"{name}.png")
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ipa-run", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(call_ipa_run, monkeypatch, capsys)
 
 
 def test_a_picture_is_made_again(ipa_run: Run, tiny_control_bundle: Path) -> None:

@@ -254,3 +254,19 @@ def shake(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
+
+
+def same_weights(found: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """Bit for bit."""
+    left, right = found.state_dict(), expected.state_dict()
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def another_vae(base: Path, folder: Path) -> Path:
+    """A VAE of the pipeline's sizes, with other weights and another scaling factor."""
+    torch.manual_seed(5)
+    options = AutoencoderKL.load_config(base / "vae")
+    AutoencoderKL.from_config({**options, "scaling_factor": 0.5}).save_pretrained(folder)
+    return folder
