@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeGuard
 
 from ipa.engines.bundle import Bundle
 from ipa.engines.manifest import ComponentRecord, FileRecord, Manifest
@@ -78,7 +78,10 @@ def _validation(manifest: Manifest) -> Iterator[str]:
     if not manifest.validation:
         yield "validation: none yet; run `ipa-export validate`"
         return
-    checks = manifest.validation.get("checks", [])
+    checks = manifest.validation.get("checks")
+    if not _are_checks(checks):
+        yield "validation: recorded in another way than `ipa-export validate` does; run it again"
+        return
     failed = [check["name"] for check in checks if not check["passed"]]
     open_ones = [check["name"] for check in checks if not check.get("is_judged", True)]
     yield f"validation: {len(checks) - len(failed) - len(open_ones)} of {len(checks)} checks passed"
@@ -86,6 +89,14 @@ def _validation(manifest: Manifest) -> Iterator[str]:
     yield from (f"    not judged: {name}" for name in open_ones)
     known = {check["name"] for check in checks}
     yield from (f"    added since, not judged: {name}" for name in manifest.graphs() if name not in known)
+
+
+def _are_checks(found: Any) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether a manifest's checks can be read; who wrote the bundle chose them."""
+    return isinstance(found, list) and all(
+        isinstance(check, dict) and isinstance(check.get("name"), str) and isinstance(check.get("passed"), bool)
+        for check in found
+    )
 
 
 def _size(files: tuple[FileRecord, ...]) -> int:

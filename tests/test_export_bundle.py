@@ -117,6 +117,16 @@ def test_inspect_json(tiny_bundle: Path) -> None:
     assert record["size"] == sum(file.size for file in Bundle.open(tiny_bundle).manifest.files())
 
 
+@pytest.mark.parametrize("checks", [None, "all passed", [1], [{"name": "unet"}], [{"name": ["unet"], "passed": True}]])
+def test_inspect_reads_a_foreign_validation(checks: object, tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "validation": {"checks": checks}}))
+    result = CliRunner().invoke(main, ["inspect", str(copy)])
+    assert result.exit_code == 0, result.output
+    assert "validation: recorded in another way than" in result.stdout
+
+
 def test_inspect_refuses_a_changed_byte(tiny_bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
     data = copy / "unet" / "model.onnx.data"
