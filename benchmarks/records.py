@@ -118,7 +118,8 @@ class SpeedRecord:
 
     Attributes:
         setting: `model`, `model_title`, `task`, `images` (a call), `unet_batch`, `height`, `width`, `steps`,
-            `scheduler`, `guidance_scale`, `image_tokens`, `block_steps`, `pairs`, `threads`.
+            `scheduler`, `guidance_scale`, `image_tokens`, `block_steps`, `pairs`, `threads`,
+            `bundle_created_by` (versions that the bundle was exported with).
         gflop: of one call, by component: `unet` is a step of the whole batch.
         rates: measured here: `matmul_gflops` by dtype, and `bandwidth_gb_per_second`.
         baseline: the contender that ratios are to.
