@@ -22,6 +22,12 @@ class _Group(click.Group):
         except IpaError as error:
             click.echo(f"ipa-bench: {error}", err=True)
             sys.exit(2)
+        except ModuleNotFoundError as error:  # the command is installed with the runtime alone, too
+            missing = str(error.name).partition(".")[0]
+            if missing == "ipa":
+                raise
+            click.echo(f"ipa-bench: {missing} is missing: pip install 'ipa-runtime[bench]'", err=True)
+            sys.exit(2)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -83,12 +83,12 @@ class DiffusersPipeline:
                 self.pipe.load_ip_adapter(
                     str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None
                 )
-        except Exception as error:  # diffusers raises anything, of a missing folder up to a wrong shape
+            self.pipe.to(self.device)
+        except Exception as error:  # diffusers raises anything, of a missing folder up to a GPU that is too small
             raise IpaError(
                 f"diffusers cannot load {base} with adapter {adapter} and ControlNet {controlnet}: {error}"
             ) from error
         self.has_adapter, self.has_controlnet = adapter is not None, controlnet is not None
-        self.pipe.to(self.device)
         for name in ("unet", "vae", "controlnet"):
             if (part := getattr(self.pipe, name, None)) is not None:
                 part.to(memory_format=torch.channels_last)
