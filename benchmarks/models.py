@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ipa.benchmarks.contender import INPAINT_CHANNELS
 from ipa.benchmarks.full_size import FULL, FULL_XL, SMALL, Sizes, write_adapter, write_controlnet, write_pipeline
 from ipa.engines.bundle import Bundle
 from ipa.runtime.demo import demo_bundle
@@ -15,7 +16,6 @@ PRESETS: dict[str, tuple[str, Sizes]] = {
     "small": ("the structure of Stable Diffusion 1.5, small, random weights", SMALL),
 }
 DEMO = "demo"
-INPAINT_CHANNELS = 9
 ADAPTER = "ip-adapter"
 CONTROLNET = "control"
 OPSET = 18

@@ -25,6 +25,7 @@ from ipa.engines.errors import RequestError
 from ipa.engines.registry import BACKENDS
 from ipa.engines.tensorrt_library import MODULES
 from ipa.runtime.pipeline import Pipeline
+from ipa.runtime.preparation import Preparation
 
 QUICK = (DEMO, "small")  # whose whole loop is one block
 
@@ -64,9 +65,11 @@ def measure_speed(options: SpeedOptions) -> tuple[SpeedRecord, Path]:
     device = "cuda" if has_gpu else "cpu"
     models = _models(options, "float16" if has_gpu else "float32")
     bundle = Bundle.open(models.bundle, verify=False)
-    setting = _setting(options, bundle, models.control)
+    setting = _setting(options, bundle, models.control, has_gpu)
     with Pipeline.open(models.bundle, verify=False) as pipe:
         pipe.batch_key(setting.request())  # what does not fit is known before anything is timed
+    calls = len(Preparation(bundle).run(setting.request()).schedule.timesteps)  # fewer from an image on, PNDM: one more
+    setting = replace(setting, block_steps=min(setting.block_steps, calls))
     wanted = options.names or NAMES
     built, failed = _built(bundle, wanted, f"{setting.width}x{setting.height}")
     found, missing = entries([name for name in wanted if name not in failed], models, setting, device, built)
@@ -77,23 +80,25 @@ def measure_speed(options: SpeedOptions) -> tuple[SpeedRecord, Path]:
     measured = _rates(device)
 
     def floor(dtype: str) -> float | None:
-        if not gflop or dtype not in measured["matmul_gflops"]:
+        is_whole = setting.task != "controlnet"  # whose operations are not counted
+        if not gflop or not is_whole or dtype not in measured["matmul_gflops"]:
             return None
         matmul, bandwidth = measured["matmul_gflops"][dtype], measured["bandwidth_gb_per_second"]
         return rates.floor_seconds(gflop["unet"], weights, dtype, matmul, bandwidth)
 
     has_overhead = options.overhead and options.model in PRESETS and options.model != "sdxl"
     has_overhead &= options.task == "variation" and options.batch == 1
-    ours = [name for name in (backend.name for backend in BACKENDS) if name in {entry.name for entry in found}]
+    running = {entry.name for entry in found}
+    ours = [backend.name for backend in BACKENDS if backend.name in running and backend.name not in MODULES]
     total = 4 * options.pairs * (len(found) + (len(ours) * 2 + 3 if has_overhead else 0))
-    work = Work(setting.block_steps, setting.steps, setting.images, floor)
+    work = Work(setting.block_steps, calls, setting.images, floor)
     file = options.output / f"speed_{_file_part(models.name)}_{setting.task}.json"
     with progress_bar(total) as progress:
         outcome = SpeedRun(found, work, options.pairs, _device_memory, progress).run()
         _check_any(outcome)
         record = SpeedRecord(
             origin=origin(),
-            setting=_described(options, models, setting, bundle),
+            setting=_described(options, models, setting, bundle) | {"unet_calls": calls},
             gflop=gflop,
             rates=measured,
             baseline=outcome.contenders[0].name,
@@ -138,7 +143,7 @@ def _models(options: SpeedOptions, dtype: str) -> Models:
     return users_own(bundle, options.base, options.adapter, options.controlnet)
 
 
-def _setting(options: SpeedOptions, bundle: Bundle, control: str | None) -> Setting:
+def _setting(options: SpeedOptions, bundle: Bundle, control: str | None, has_gpu: bool) -> Setting:
     defaults = bundle.manifest.defaults
     width, height = defaults.width, defaults.height
     if options.resolution is not None:
@@ -146,7 +151,7 @@ def _setting(options: SpeedOptions, bundle: Bundle, control: str | None) -> Sett
         if match is None:
             raise RequestError(f"--resolution is {options.resolution!r}, expected WIDTHxHEIGHT, such as 512x512")
         width, height = int(match[1]), int(match[2])
-    block = options.block_steps or (options.steps if options.model in QUICK else 1)
+    block = options.block_steps or (options.steps if options.model in QUICK or has_gpu else 1)
     return Setting(
         task=options.task,
         images=options.batch,

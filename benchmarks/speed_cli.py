@@ -36,7 +36,11 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--resolution", metavar="WIDTHxHEIGHT", help="[default: the model's own]")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Pictures a call.")
 @click.option("--steps", default=25, show_default=True, type=click.IntRange(1), help="Of a whole picture.")
-@click.option("--block-steps", type=click.IntRange(1), help="Steps timed at one go. [default: 1, demo and small: all]")
+@click.option(
+    "--block-steps",
+    type=click.IntRange(1),
+    help="Steps timed at one go. [default: 1; all on a GPU, for demo and small]",
+)
 @click.option("--scheduler", type=click.Choice(SCHEDULER_NAMES), default="ddim", show_default=True)
 @click.option("--guidance-scale", default=5.0, show_default=True, help="1: off, half the UNet's batch.")
 @click.option("--pairs", default=7, show_default=True, type=click.IntRange(2), help="Rounds A B B A.")

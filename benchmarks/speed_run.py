@@ -21,12 +21,12 @@ class Work:
     """What turns seconds of a block into the figures of a record.
 
     Attributes:
-        block_steps: steps of a block; `steps` of a whole picture; `images` a call.
+        block_steps: calls of the UNet in a block; `calls` of the whole run; `images` a run.
         floor: seconds of a step at the machine's own rates, by dtype.
     """
 
     block_steps: int
-    steps: int
+    calls: int
     images: int
     floor: Callable[[str], float | None]
 
@@ -120,7 +120,7 @@ class SpeedRun:
         work = self._work
         steps = work.block_steps
         step = Interval(block.value / steps, block.low / steps, block.high / steps, block.count)
-        whole = work.steps * step.value + sum(stages.values())
+        whole = work.calls * step.value + sum(stages.values())
         floor = work.floor(process.dtype)
         events = bootstrap(process.device_seconds).value / work.block_steps if process.device_seconds else None
         return Speed(
