@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -222,11 +223,17 @@ def test_pytorch_that_fails_is_not_measured(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(*given: object) -> None:
+    base, encoder = tmp_path / "base", tmp_path / "encoder"
+    shutil.copytree(tiny_base, base)
+    (base / "image_encoder").rename(encoder)  # as the official adapters come
+
+    def full(pipe: DiffusersPipeline, request: object) -> None:
+        assert pipe.has_adapter
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
     monkeypatch.setattr(DiffusersPipeline, "draw", full)
-    options = ["--bundle", tiny_bundle, "--base", tiny_base, "--adapter", tiny_adapter_file, "--limit", 1, *SMALL]
+    options = ["--bundle", tiny_bundle, "--base", base, "--adapter", tiny_adapter_file, "--limit", 1, *SMALL]
+    options += ["--image-encoder", encoder]
     result = run(tmp_path, *options, "--data", models["data"], "--clip", models["clip"], "--samples", 1)
     assert result.exit_code == 0, result.output
     found = record(tmp_path)
