@@ -19,6 +19,12 @@ class Command(click.Command):
         except IpaError as error:
             click.echo(f"{self.name}: {error}", err=True)
             sys.exit(2)
+        except ModuleNotFoundError as error:  # commands are installed with the runtime alone, too
+            missing = str(error.name).partition(".")[0]
+            if missing == "ipa":
+                raise
+            click.echo(f"{self.name}: {missing} is missing: pip install 'ipa-runtime[bench]'", err=True)
+            sys.exit(2)
 
 
 class Group(Command, click.Group):
