@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ipa.benchmarks import rates, speed
 from ipa.benchmarks.contender import TASKS, Setting
+from ipa.benchmarks.models import Models
 from ipa.benchmarks.our_contenders import OurPipeline
+from ipa.benchmarks.speed_options import SpeedOptions
 from ipa.benchmarks.torch_contenders import TorchPipeline
+from ipa.runtime.demo import demo_bundle
 
 BLOCK_STEPS = 2
 
@@ -87,3 +91,15 @@ def test_a_contender_without_image_prompt(tiny_base: Path, tiny_bundle: Path) ->
     ):
         assert contender.block()[0] > 0
         assert "image" not in contender.stages
+
+
+def test_from_an_image_fewer_steps_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strength of 0.8 leaves out a fifth of the steps: seconds are divided by those that ran."""
+    options = SpeedOptions("demo", tmp_path, tmp_path, task="img2img", names=("onnxruntime",), steps=10, pairs=2)
+    monkeypatch.setattr(rates, "measured", lambda device: {})
+    monkeypatch.setattr(speed, "demo", lambda folder: Models("demo", "the demo model", demo_bundle()))
+    record = speed.measure_speed(replace(options, start_up=False)).record
+    (ours,) = record.contenders
+    assert (record.setting["steps"], record.setting["unet_calls"], record.setting["block_steps"]) == (10, 8, 8)
+    around = sum(ours.stage_seconds.values())
+    assert ours.seconds_per_image == pytest.approx(8 * ours.step_seconds.value + around)

@@ -15,7 +15,7 @@ from ipa.benchmarks.records import Interval, SpeedRecord, read_record, write_rec
 from ipa.benchmarks.speed_run import Outcome, SpeedRun, Work
 from ipa.engines.errors import IpaError
 
-WORK = Work(block_steps=2, steps=10, images=1, floor=lambda dtype: 0.005 if dtype == "float32" else None)
+WORK = Work(block_steps=2, calls=10, images=1, floor=lambda dtype: 0.005 if dtype == "float32" else None)
 
 
 @pytest.fixture(autouse=True)
