@@ -15,7 +15,7 @@ from ipa.benchmarks.origin import origin
 from ipa.benchmarks.quality_arms import BASE, ENGINE, SWEEP, TORCH, Arms, Settings, TorchModel
 from ipa.benchmarks.quality_data import Data, Item, read_data
 from ipa.benchmarks.quality_lpips import Lpips
-from ipa.benchmarks.quality_measure import DEMO, Eyes, difference, open_eyes, quality
+from ipa.benchmarks.quality_measure import DEMO, Eyes, difference, gaps, open_eyes, quality
 from ipa.benchmarks.quality_metrics import FID_INTERVAL, similarity
 from ipa.benchmarks.quality_models import Inception
 from ipa.benchmarks.quality_pictures import ArmFolder, Drawn, remove_arms
@@ -75,12 +75,14 @@ def run_quality(options: Options, report: Callable[[str], None]) -> QualityRecor
         folders = _folders(arms, model, options.sweep)
         drawn = _draw(arms, folders, model)
         missing += _not_measured(options, model, eyes, data)
-        figures = [quality(name, TITLES[name], one, data, eyes) for name, one in drawn.items()]
+        measured = {name: quality(name, TITLES[name], one, data, eyes) for name, one in drawn.items()}
+        apart = [gap for name in (BASE, TORCH) if name in measured for gap in gaps(measured[ENGINE], measured[name])]
         differences = [difference(ENGINE, TORCH, drawn[ENGINE], drawn[TORCH], lpips)] if model else []
         sweep = _sweep(arms, folders, eyes, options) if options.sweep else None
         _write_sheet(data, {TITLES[name]: one for name, one in drawn.items()}, options.output / SHEET_FILE)
         setting = _setting(options, data, arms, pipe, eyes, model)
-    record = QualityRecord(origin(), setting, figures, differences, sweep, missing)
+    figures = [one.figures for one in measured.values()]
+    record = QualityRecord(origin(), setting, figures, apart, differences, sweep, missing)
     write_record(record, options.output / RECORD_FILE)
     return record
 
@@ -129,17 +131,19 @@ def _draw(arms: Arms, folders: Mapping[str, ArmFolder], model: TorchModel | None
 def _sweep(arms: Arms, folders: Mapping[str, ArmFolder], eyes: Eyes, options: Options) -> Sweep:
     """The first image prompts at several scales."""
     scales, clip_i, clip_t, columns = [], [], [], {}
-    items = [job.item for job in arms.sweep_jobs(0)]
+    jobs = arms.sweep_jobs(0)
+    items = [job.item for job in jobs]
     for name, scale in _sweep_names(options.sweep).items():
         drawn = arms.draw_engine(folders[name], arms.sweep_jobs(scale))
         seen = [[eyes.clip.picture(file) for file in files] for files in drawn.files]
         scales.append(scale)
-        clip_i.append(similarity(seen, [eyes.clip.reference(item) for item in items]).value)
+        clip_i.append(similarity(seen, [eyes.clip.reference(item) for item in items]))
         if eyes.has_text:
-            clip_t.append(similarity(seen, [eyes.clip.text(item.text) for item in items]).value)
+            clip_t.append(similarity(seen, [eyes.clip.text(item.text) for item in items]))
         columns[f"scale {scale:g}"] = _opened(drawn)
     save_sheet(contact_sheet(_rows(items), columns), options.output / SWEEP_FILE)
-    return Sweep(scales, clip_i, clip_t if eyes.has_text else None, SWEEP_FILE)
+    samples = jobs[0].request.num_images
+    return Sweep(len(items), samples, scales, clip_i, clip_t if eyes.has_text else None, SWEEP_FILE)
 
 
 def _write_sheet(data: Data, arms: Mapping[str, Drawn], file: Path) -> None:

@@ -40,6 +40,16 @@ def spread(interval: Interval, against: float | None = None) -> str:
     return f"{value} (measured once)" if interval.count == 1 and low == high else f"{value} ({low} to {high})"
 
 
+def signed(interval: Interval) -> str:
+    """A difference with its interval: `+0.260 (+0.240 to +0.281)`; an end beside 0 does not look like it."""
+    parts = (interval.value, interval.low, interval.high)
+    decimals = min(max(_decimals(max(parts, key=abs), 3), 0), MOST_DECIMALS)
+    while decimals < MOST_DECIMALS and any(part and not round(part, decimals) for part in parts[1:]):
+        decimals += 1
+    value, low, high = (f"{part:+z,.{decimals}f}" if round(part, decimals) else f"{0:.{decimals}f}" for part in parts)
+    return f"{value} (one pair)" if interval.count == 1 else f"{value} ({low} to {high})"
+
+
 def scaled(interval: Interval, factor: float) -> Interval:
     """The interval in another unit; `factor` is positive."""
     return Interval(interval.value * factor, interval.low * factor, interval.high * factor, interval.count)

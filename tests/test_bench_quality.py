@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from transformers import CLIPImageProcessorPil, CLIPTokenizer
 from ipa.benchmarks import quality_models
 from ipa.benchmarks.quality_eye import Eye
 from ipa.benchmarks.quality_lpips import Lpips, alexnet_features
-from ipa.benchmarks.quality_metrics import EQUAL_PSNR, cosine, fid, frechet_distance, psnr, similarity
+from ipa.benchmarks.quality_metrics import cosine, fid, frechet_distance, median_of_medians, psnr, similarity
 from ipa.benchmarks.quality_models import Clip, Dino, Inception, inception_obstacle
 from ipa.engines.errors import IpaError
 
@@ -141,7 +142,13 @@ def test_psnr(tmp_path: Path) -> None:
     for name, pixels in (("a", grey), ("b", grey + np.uint8(10)), ("c", grey.copy())):
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     assert psnr(tmp_path / "a.png", tmp_path / "b.png") == pytest.approx(20 * np.log10(255 / 10))
-    assert psnr(tmp_path / "a.png", tmp_path / "c.png") == EQUAL_PSNR
+    assert psnr(tmp_path / "a.png", tmp_path / "c.png") == math.inf
+
+
+def test_equal_pictures_do_not_count_for_the_median() -> None:
+    found = median_of_medians([[40.0, math.inf], [50.0, 30.0], [math.inf, math.inf], [70.0, 60.0]])
+    assert found is not None and (found.value, found.count) == (40.0, 3)
+    assert median_of_medians([[math.inf], [math.inf]]) is None
 
 
 def test_lpips_is_torchmetrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

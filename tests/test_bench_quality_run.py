@@ -72,10 +72,17 @@ def test_engine_pytorch_and_base(
     engine, theirs, base = found.arms
     assert [arm.name for arm in found.arms] == ["engine", "torch-eager", "base"]
     (difference,) = found.differences
-    assert difference.lowest_psnr > 45  # float32 on both sides: neighbours in rounding at most
+    # float32 on both sides: neighbours in rounding at most
+    assert difference.lowest_psnr is None or difference.lowest_psnr > 45
+    assert (difference.lowest_psnr is None) == (difference.psnr is None) == (difference.equal.value == 1)
+    gaps = {(gap.second, gap.measure): gap.value for gap in found.gaps}
+    assert set(gaps) == {(arm, name) for arm in ("base", "torch-eager") for name in ("clip_i", "clip_t", "dino")}
     for name in ("clip_i", "clip_t", "dino"):
         ours = getattr(engine, name)
         assert ours.value == pytest.approx(getattr(theirs, name).value, abs=2e-3)
+        for arm in (theirs, base):  # the mean of differences is the difference of means, its interval is its own
+            assert gaps[arm.name, name].value == pytest.approx(ours.value - getattr(arm, name).value, abs=1e-12)
+            assert gaps[arm.name, name].count == 3
         assert ours.value != getattr(base, name).value and ours.low <= ours.value <= ours.high and ours.count == 3
     assert found.setting["images"] == 3 and found.setting["samples"] == 2 and found.setting["scheduler"] == "pndm"
     # Scale 0 is the base model. Its one sample is the first of two by the same seed.
@@ -83,6 +90,8 @@ def test_engine_pytorch_and_base(
         zero, without = (tmp_path / "pictures" / part / f"{number:012}" for part in ("sweep/0", "base"))
         assert psnr(zero.with_suffix(".png"), without.with_name(f"{number:012}-0.png")) > 45
     assert found.sweep is not None and found.sweep.scales == [0, 1] and found.sweep.clip_i[0] != found.sweep.clip_i[1]
+    assert (found.sweep.images, found.sweep.samples, found.sweep.clip_i[0].count) == (3, 1, 3)
+    assert "scale sweep, the first 3 image prompts, pictures of each: 1" in result.output
     assert Image.open(tmp_path / "sheet.png").size == (110 + 4 * 134, 22 + 3 * 134)
     assert Image.open(tmp_path / found.sweep.sheet).size == (110 + 3 * 134, 22 + 3 * 134)
     assert found.not_measured == []
