@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from ipa.benchmarks.diffusers_pipeline import DiffusersPipeline
 from ipa.benchmarks.origin import origin
 from ipa.benchmarks.quality_data import Item
+from ipa.benchmarks.quality_models import files_sha256
 from ipa.benchmarks.quality_pictures import ArmFolder, Drawn, Job
 from ipa.engines.bundle import hash_file
 from ipa.engines.errors import IpaError
@@ -78,7 +78,8 @@ class TorchModel:
         """What its pictures depend on."""
         device, dtype = self.target
         versions = origin(("torch", "diffusers", "transformers")).versions
-        sums = {"base": _folder_sha256(self.base), "adapter": hash_file(self.adapter)}
+        files = [file for part in _BASE_PARTS for file in (self.base / part).glob("*") if file.is_file()]
+        sums = {"base": files_sha256(self.base, files), "adapter": hash_file(self.adapter)}
         return {**sums, "device": device, "dtype": dtype, **versions}
 
     @property
@@ -174,10 +175,3 @@ class Arms:
             seed=item.number,
         )
         return Job(item, self._preparation.resolved(request))
-
-
-def _folder_sha256(base: Path) -> str:
-    """Of the files that a pipeline is loaded from."""
-    files = sorted(file for part in _BASE_PARTS for file in (base / part).glob("*") if file.is_file())
-    listed = [f"{file.relative_to(base)} {hash_file(file)}\n" for file in files]
-    return hashlib.sha256("".join(listed).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,11 +19,12 @@ from ipa.benchmarks.quality_lpips import Lpips
 from ipa.benchmarks.quality_measure import DEMO, Eyes, difference, gaps, open_eyes, quality
 from ipa.benchmarks.quality_metrics import FID_INTERVAL, similarity
 from ipa.benchmarks.quality_models import Inception
-from ipa.benchmarks.quality_pictures import ArmFolder, Drawn, remove_arms
+from ipa.benchmarks.quality_pictures import SETTINGS_FILE, ArmFolder, Drawn, remove_arms
 from ipa.benchmarks.quality_sheets import Row, contact_sheet, save_sheet
 from ipa.benchmarks.records import NotMeasured, QualityRecord, Sweep, write_record
 from ipa.engines.bundle import Bundle
 from ipa.engines.errors import IpaError
+from ipa.engines.registry import backend_named
 from ipa.runtime.demo import demo_bundle
 from ipa.runtime.image_files import open_image
 from ipa.runtime.pipeline import Pipeline
@@ -80,7 +82,8 @@ def run_quality(options: Options, report: Callable[[str], None]) -> QualityRecor
         differences = [difference(ENGINE, TORCH, drawn[ENGINE], drawn[TORCH], lpips)] if model else []
         sweep = _sweep(arms, folders, eyes, options) if options.sweep else None
         _write_sheet(data, {TITLES[name]: one for name, one in drawn.items()}, options.output / SHEET_FILE)
-        setting = _setting(options, data, arms, pipe, eyes, model)
+        setting = _setting(options, data, arms, pipe, eyes, lpips)
+        setting |= _torch_setting(model, folders[TORCH]) if model else {}
     figures = [one.figures for one in measured.values()]
     record = QualityRecord(origin(), setting, figures, apart, differences, sweep, missing)
     write_record(record, options.output / RECORD_FILE)
@@ -172,13 +175,25 @@ def _not_measured(options: Options, model: TorchModel | None, eyes: Eyes, data: 
     return missing
 
 
+def _torch_setting(model: TorchModel, folder: ArmFolder) -> dict[str, Any]:
+    """What PyTorch drew with, with the sums that its folder was checked by: to hash gigabytes again takes a while."""
+    kept = json.loads((folder.folder / SETTINGS_FILE).read_text("utf-8"))
+    return {
+        "torch": " ".join(model.target),
+        "base": str(model.base),
+        "base_sha256": kept["base"],
+        "adapter": str(model.adapter),
+        "adapter_sha256": kept["adapter"],
+    }
+
+
 def _setting(
-    options: Options, data: Data, arms: Arms, pipe: Pipeline, eyes: Eyes, model: TorchModel | None
+    options: Options, data: Data, arms: Arms, pipe: Pipeline, eyes: Eyes, lpips: Lpips | None
 ) -> dict[str, Any]:
     request, samples = arms.request, options.settings.samples
     setting = {
         "bundle": DEMO if options.bundle is None else str(options.bundle),
-        "unet_sha256": pipe.bundle.graph("unet").sha256,
+        "unet_files_sha256": pipe.bundle.graph("unet").sha256,
         "data": data.name,
         "data_layout": data.layout,
         "images": len(data.items),
@@ -187,7 +202,8 @@ def _setting(
         "is_image_only": options.settings.is_image_only,
         "seeds": "each image prompt's number in the data, from 0",
         "engine": pipe.engine,
-        "torch": " ".join(model.target) if model else None,
+        "engine_version": backend_named(pipe.engine).version,
+        "engine_dtype": pipe.component("unet").precision,
         "height": request.height,
         "width": request.width,
         "steps": request.num_inference_steps,
@@ -197,13 +213,17 @@ def _setting(
         "clip": eyes.clip.model.title,
         "clip_sha256": eyes.clip.model.sha256,
         "dino": eyes.dino.model.title if eyes.dino else None,
-        "lpips": None if options.lpips is None else f"AlexNet, {options.lpips}",
+        "dino_sha256": eyes.dino.model.sha256 if eyes.dino else None,
+        "lpips": f"AlexNet, {lpips.title}" if lpips else None,
+        "lpips_sha256": lpips.sha256 if lpips else None,
         "intervals": "95 %, image prompts resampled",
         "sheet": SHEET_FILE,
     }
     if eyes.inception:
         size = f"{request.width} x {request.height}"
         setting |= {
+            "inception": eyes.inception.model.title,
+            "inception_sha256": eyes.inception.model.sha256,
             "fid_implementation": "torchmetrics with torch-fidelity's Inception, 2048 features",
             "fid_resize": f"the data's pictures cropped and scaled to {size} (bicubic), then all {Inception.resize}",
             "fid_pictures": {"data": len(data.items), "drawn": len(data.items) * samples},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ipa.benchmarks.cli import main
 from ipa.benchmarks.quality_lpips import alexnet_features
 from ipa.benchmarks.quality_metrics import psnr
 from ipa.benchmarks.records import QualityRecord, read_record
+from ipa.engines.bundle import hash_file
 from ipa.runtime.image_files import open_image
 from ipa.runtime.pipeline import Pipeline
 
@@ -95,6 +97,13 @@ def test_engine_pytorch_and_base(
     assert Image.open(tmp_path / "sheet.png").size == (110 + 4 * 134, 22 + 3 * 134)
     assert Image.open(tmp_path / found.sweep.sheet).size == (110 + 3 * 134, 22 + 3 * 134)
     assert found.not_measured == []
+    setting = found.setting
+    assert setting["engine_version"] == version("onnxruntime") and setting["engine_dtype"] == "float32"
+    assert setting["torch"] == "cpu float32" or torch.cuda.is_available()
+    assert (setting["base"], setting["adapter"]) == (str(tiny_base), str(tiny_adapter_file))
+    sums = {"adapter_sha256": tiny_adapter_file, "lpips_sha256": weights, "inception_sha256": Path(more[1])}
+    assert {name: setting[name] for name in sums} == {name: hash_file(file) for name, file in sums.items()}
+    assert len({setting[name] for name in ("base_sha256", "clip_sha256", "dino_sha256", "unet_files_sha256")}) == 4
     assert difference.lpips is not None and 0 <= difference.lpips.value < 1e-3
     metric = torchmetrics.image.fid.FrechetInceptionDistance(Extractor())
     for number in (10, 11, 12):
