@@ -243,7 +243,7 @@ def _beside_speed(record: QualityRecord, anchor: str, speeds: Sequence[tuple[str
 def _is_same(quality: QualityRecord, speed: SpeedRecord) -> bool:
     """Whether both drew with one model in one setting on one machine, and the speed can be believed.
 
-    A model is known by its name or its folder's name. Guidance costs the same at any scale above 1.
+    A model is known by its name or its folder's name.
     """
     bundle, model = (Path(str(name)).name for name in (quality.setting.get("bundle"), speed.setting.get("model")))
     settings, machines = (quality.setting, speed.setting), (quality.origin.machine, speed.origin.machine)
@@ -260,6 +260,6 @@ def _is_same(quality: QualityRecord, speed: SpeedRecord) -> bool:
     )
 
 
-def _guidance(scale: object) -> object:
-    """The scale as far as it costs time; `None`: it is not known."""
-    return "on" if isinstance(scale, int | float) and scale > 1 else scale
+def _guidance(scale: object) -> bool | None:
+    """The scale as far as it costs time, 1 and below are off; `None`: it is not known."""
+    return scale > 1 if isinstance(scale, int | float) else None
