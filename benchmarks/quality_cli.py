@@ -131,6 +131,8 @@ def quality(
 
 def table(record: QualityRecord) -> str:
     """A record for people."""
+    from ipa.benchmarks.report_numbers import signed
+
     lines = [f"{record.setting['images']} image prompts x {record.setting['samples']} samples, 95 % intervals"]
     for arm in record.arms:
         lines += ["", f"{arm.name}: {arm.title}", *_figures(arm)]
@@ -142,7 +144,7 @@ def table(record: QualityRecord) -> str:
     lines += [""] if record.gaps else []
     for gap in record.gaps:
         title = gap.measure.replace("_", "-").upper()
-        lines.append(f"{title} of {gap.first} minus {gap.second}, of the same seeds: {_text(gap.value, 4)}")
+        lines.append(f"{title} of {gap.first} minus {gap.second}, of the same seeds: {signed(gap.value)}")
     if resize := record.setting.get("fid_resize"):
         counts = record.setting["fid_pictures"]
         lines += ["", f"FID: {counts['drawn']} pictures against {counts['data']}; {resize}"]

@@ -12,6 +12,7 @@ from ipa.engines.errors import IpaError
 from ipa.trainer.files import atomic_path
 
 FORMAT_VERSIONS = {"speed": 1, "quality": 2}
+DEEPEST = 30  # levels that are read: ours have fewer than 10, and what walks through hundreds may not return
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,8 @@ def read_record(file: Path) -> Record | None:
         raise IpaError(f"{file} cannot be read as a record: {error}; run `ipa-bench` again") from error
     if not isinstance(content, dict) or content.get("kind") not in _KINDS:
         return None
+    if _depth(content) > DEEPEST:
+        raise IpaError(f"{file} is nested too deeply for a record; run `ipa-bench {content['kind']}` again")
     kind, version = content.pop("kind"), content.pop("format_version", None)
     if version != (known := FORMAT_VERSIONS[kind]):
         raise IpaError(f"{file} is of format {version!r}, this is {known}; run `ipa-bench {kind}` again")
@@ -277,3 +280,12 @@ def read_record(file: Path) -> Record | None:
         where = ".".join(map(str, first["loc"]))
         raise IpaError(f"{file}: '{where}': {first['msg']}; run `ipa-bench {kind}` again") from error
     return record
+
+
+def _depth(content: Any) -> int:
+    """How many levels of lists and objects there are, without recursion."""
+    depth, level = 0, [content]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    return depth

@@ -285,9 +285,17 @@ def no_sheet(name: str) -> str:
     return json.dumps({"kind": "quality", "format_version": 2, **asdict(FULL_QUALITY), "sweep": sweep})
 
 
+def nested(depth: int) -> Any:
+    found: Any = 1
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 WRONG = {
     "no JSON": ("{", "cannot be read as a record"),
     "nested too deeply": ("[" * 100_000, "cannot be read as a record"),
+    "settings nested too deeply": (json.dumps({"kind": "speed", "x": nested(700)}), "is nested too deeply"),
     "something is missing": ('{"kind": "speed", "format_version": 1}', "'origin'"),
     "a newer format": ('{"kind": "quality", "format_version": 99}', "format 99"),
     "no number": (damaged(null=asdict(Interval(1, float("nan"), 1, 9))), "'null.low' is nan"),
