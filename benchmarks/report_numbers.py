@@ -32,8 +32,11 @@ def spread(interval: Interval, against: float | None = None) -> str:
     Args:
         against: what the interval may cover: an end beside it gets as many decimals as it takes not to look like it.
     """
-    decimals = max(_decimals(interval.value or interval.high or interval.low, 3), 0)
     ends = (interval.low, interval.high)
+    decimals = _decimals(interval.value or interval.high or interval.low, 3)
+    if width := abs(interval.high - interval.low):  # of a value near 0, no digits that its interval makes idle
+        decimals = min(decimals, _decimals(width, 3))
+    decimals = max(decimals, 0)
     while decimals < MOST_DECIMALS and any(end != against and round(end, decimals) == against for end in ends):
         decimals += 1
     value, low, high = (f"{number:,.{decimals}f}" for number in (interval.value, *ends))

@@ -135,10 +135,11 @@ def _apart(row: Difference) -> str:
     pictures = f"Of the pictures that {row.first} and {row.second} drew from the same seeds, "
     if row.psnr is None or row.lowest_psnr is None:
         return f"{pictures}all are equal, pixel by pixel."
-    equal = "none are" if row.equal.value == 0 else f"{percent(row.equal.value)} are"
+    share = percent(row.equal.value)
+    some = f"{share} are equal, pixel by pixel; the others' PSNR" if row.equal.value else "no two are equal; their PSNR"
     return (
-        f"{pictures}{equal} equal, pixel by pixel; the others' PSNR is {spread(row.psnr)} dB (the median; higher is "
-        f"closer), and of the two that differ most {figure(row.lowest_psnr)} dB."
+        f"{pictures}{some} is {spread(row.psnr)} dB (the median; higher is closer), and of the two that differ most "
+        f"{figure(row.lowest_psnr)} dB."
     )
 
 

@@ -268,6 +268,10 @@ def test_equal_pictures_have_no_psnr(tmp_path: Path) -> None:
     for text in map(plain, pages(write(tmp_path / "r", quality=record), tmp_path / "o")):
         assert "drew from the same seeds, all are equal, pixel by pixel." in text
         assert "100 (100 to 100)" in text and "all equal" in text
+    (differing,) = FULL_QUALITY.differences
+    record = replace(FULL_QUALITY, differences=[replace(differing, equal=Interval(0.0, 0.0, 0.0, 64))])
+    for text in map(plain, pages(write(tmp_path / "r", quality=record), tmp_path / "o")):
+        assert "no two are equal; their PSNR is 45.2 (44.1 to 46.3) dB" in text
 
 
 def test_records_of_several_folders_and_equal_names(tmp_path: Path) -> None:
@@ -352,6 +356,7 @@ def test_three_digits(value: float, text: str) -> None:
 def test_an_end_beside_one_does_not_look_like_one() -> None:
     assert spread(Interval(1.02, 1.001, 1.04, 9), 1) == "1.020 (1.001 to 1.040)"
     assert spread(Interval(1.02, 1.001, 1.04, 9)) == "1.02 (1.00 to 1.04)"
+    assert spread(Interval(0.00805, -0.1642, 0.19654, 9)) == "0.008 (-0.164 to 0.197)"
     assert spread(Interval(1.02, 1.02, 1.02, 1), 1) == "1.02 (measured once)"
 
 
