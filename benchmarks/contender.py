@@ -18,6 +18,7 @@ from ipa.runtime.request import Request
 TASKS = ("variation", "img2img", "inpaint", "controlnet")
 PROMPT, NEGATIVE = "a photo of a cat", "a dog"
 STRENGTH = 0.8
+INPAINT_CHANNELS = 9  # of the UNet of an inpainting model
 PICTURE_GRAIN = 8  # pixels of the random pictures before they are enlarged
 
 
@@ -49,8 +50,8 @@ class Setting:
         task: one of `TASKS`.
         images: pictures a call.
         height, width: pixels.
-        steps: of the whole run.
-        block_steps: of it, from the first on, that are timed at one go.
+        steps: `num_inference_steps` of the whole run.
+        block_steps: calls of the UNet, from the first on, that are timed at one go.
         has_image: whether there is an image prompt.
         control: which ControlNet, where the bundle has several.
     """
@@ -93,6 +94,11 @@ class Setting:
             seed=0,
             **extra,
         )
+
+
+def encoded_pictures(task: str, unet_channels: int) -> int:
+    """How many pictures the VAE encodes for a run from an image: inpainting models also get it with the hole."""
+    return 2 if task == "inpaint" and unet_channels == INPAINT_CHANNELS else 1
 
 
 def picture(seed: int, size: tuple[int, int]) -> Image.Image:

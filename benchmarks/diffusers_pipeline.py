@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -16,15 +17,21 @@ from diffusers import (
     SchedulerMixin,
 )
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil
 
 from ipa.engines.errors import IpaError
 from ipa.engines.scheduler_names import SCHEDULER_CLASSES
+from ipa.export.image_encoder import load_image_encoder, read_image_config
+from ipa.export.source import Source
 from ipa.runtime.image_files import open_image
 from ipa.runtime.request import Request
 
 KARRAS = "-karras"
 NEUTRAL_AT_ZERO = ("guidance_rescale", "eta")
+# What diffusers adds to the model: a checker that paints pictures black, marks in the pixels. Bundles have neither.
+_XL_OPTIONS: dict[str, Any] = {"add_watermarker": False}
+_OPTIONS: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+_IMAGE_ENCODER, _PREPROCESSOR = "image_encoder", "preprocessor_config.json"
 StepEnd = Callable[[int], None]
 
 
@@ -42,6 +49,7 @@ class DiffusersPipeline:
         base: Path,
         adapter: Path | None,
         *,
+        image_encoder: Path | None = None,
         controlnet: Path | None = None,
         device: str = "cpu",
         dtype: str = "float32",
@@ -49,8 +57,9 @@ class DiffusersPipeline:
         """Load from folders and files on this machine.
 
         Args:
-            base: pipeline folder in diffusers format, `image_encoder/` included if there is an adapter.
+            base: pipeline folder in diffusers format.
             adapter: IP-Adapter file.
+            image_encoder: the adapter's, a folder; `None`: `image_encoder/` of the pipeline.
             controlnet: ControlNet folder in diffusers format.
             device, dtype: of PyTorch.
         Raises:
@@ -61,22 +70,25 @@ class DiffusersPipeline:
         parts: dict[str, Any] = {}
         try:
             if adapter is not None:
-                encoder = CLIPVisionModelWithProjection.from_pretrained(base / "image_encoder", **options)
-                parts["image_encoder"] = encoder
-                parts["feature_extractor"] = _image_processor(base, encoder.config.image_size)
+                source = Source(str(image_encoder_folder(base, image_encoder)))
+                config = read_image_config(source, "")  # of a whole CLIP model, too
+                parts["image_encoder"] = load_image_encoder(source, "", config).to(self._dtype)
+                parts["feature_extractor"] = _image_processor(base, image_encoder, config["image_size"])
             if controlnet is not None:
                 parts["controlnet"] = ControlNetModel.from_pretrained(controlnet, **options)
-            self.pipe = AutoPipelineForText2Image.from_pretrained(base, **options, **parts)
+            index = json.loads((base / "model_index.json").read_text("utf-8"))
+            self._own = _XL_OPTIONS if "XL" in index["_class_name"] else _OPTIONS
+            self.pipe = AutoPipelineForText2Image.from_pretrained(base, **options, **parts, **self._own)
             if adapter is not None:
                 self.pipe.load_ip_adapter(
                     str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None
                 )
-        except Exception as error:  # diffusers raises anything, of a missing folder up to a wrong shape
+            self.pipe.to(self.device)
+        except Exception as error:  # diffusers raises anything, of a missing folder up to a GPU that is too small
             raise IpaError(
                 f"diffusers cannot load {base} with adapter {adapter} and ControlNet {controlnet}: {error}"
             ) from error
         self.has_adapter, self.has_controlnet = adapter is not None, controlnet is not None
-        self.pipe.to(self.device)
         for name in ("unet", "vae", "controlnet"):
             if (part := getattr(self.pipe, name, None)) is not None:
                 part.to(memory_format=torch.channels_last)
@@ -141,9 +153,9 @@ class DiffusersPipeline:
             return self.pipe, {**named, **control, **size}
         start = {"image": open_image(request.init_image), "strength": request.strength, **control}
         if request.mask_image is None:
-            return AutoPipelineForImage2Image.from_pipe(self.pipe), start
+            return AutoPipelineForImage2Image.from_pipe(self.pipe, **self._own), start
         mask = open_image(request.mask_image)
-        return AutoPipelineForInpainting.from_pipe(self.pipe), {**start, "mask_image": mask, **size}
+        return AutoPipelineForInpainting.from_pipe(self.pipe, **self._own), {**start, "mask_image": mask, **size}
 
     def _control(self, request: Request) -> dict[str, Any]:
         (control,) = request.controls
@@ -167,8 +179,22 @@ class DiffusersPipeline:
         return made
 
 
-def _image_processor(base: Path, size: int) -> Any:
-    """The pipeline's own, else CLIP's for pictures of that size."""
-    if (base / "feature_extractor" / "preprocessor_config.json").exists():
-        return CLIPImageProcessor.from_pretrained(base, subfolder="feature_extractor")
-    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+def image_encoder_folder(base: Path, image_encoder: Path | None) -> Path:
+    """Where the image encoder is: named apart, or in the pipeline."""
+    return image_encoder or base / _IMAGE_ENCODER
+
+
+def _image_processor(base: Path, image_encoder: Path | None, size: int) -> Any:
+    """The image encoder's own, else the pipeline's, else CLIP's for pictures of that size.
+
+    Always Pillow's: where torchvision is installed, transformers' plain name stands for another that rounds otherwise.
+    """
+    own, pipelines = image_encoder_folder(base, image_encoder), base / "feature_extractor"
+    if (own / _PREPROCESSOR).exists():
+        return CLIPImageProcessorPil.from_pretrained(own)
+    if (pipelines / _PREPROCESSOR).exists():
+        theirs = CLIPImageProcessorPil.from_pretrained(pipelines)
+        # With an image encoder named apart, the pipeline's is that of its safety checker: right if the size is.
+        if image_encoder is None or theirs.size.get("shortest_edge") == size:
+            return theirs
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})

@@ -14,7 +14,13 @@ from ipa.engines.bundle import Bundle
 from ipa.engines.errors import RequestError
 from ipa.engines.registry import BACKENDS, Backend, backend_named
 
-TORCH = {"torch-eager": "PyTorch eager (diffusers)", "torch-compile": "PyTorch, torch.compile (diffusers)"}
+HALF = "-bf16"  # of a CPU: PyTorch in the precision that OpenVINO takes there
+TORCH = {
+    "torch-eager": "PyTorch eager (diffusers)",
+    "torch-compile": "PyTorch, torch.compile (diffusers)",
+    f"torch-eager{HALF}": "PyTorch eager in bfloat16 (diffusers)",
+    f"torch-compile{HALF}": "PyTorch in bfloat16, torch.compile (diffusers)",
+}
 PLAIN = "onnxruntime-plain"
 NAMES = (*TORCH, PLAIN, *(backend.name for backend in reversed(BACKENDS)))
 _TORCH_SIDE, _OUR_SIDE = "ipa.benchmarks.torch_contenders", "ipa.benchmarks.our_contenders"
@@ -36,7 +42,7 @@ def entries(
     for name in names:
         if name not in NAMES:
             raise RequestError(f"unknown contender '{name}', expected some of {', '.join(NAMES)}")
-        reason = _obstacle(name, models, setting)
+        reason = _obstacle(name, models, setting, device)
         if reason:
             missing.append(NotMeasured(name, reason))
         else:
@@ -58,8 +64,22 @@ def torch_options(models: Models, setting: Setting, device: str) -> dict[str, An
 
 def torch_entry(name: str, models: Models, setting: Setting, device: str) -> Entry:
     """PyTorch's side, eager or compiled."""
-    options = torch_options(models, setting, device) | {"is_compiled": name == "torch-compile"}
+    options = torch_options(models, setting, device) | {"is_compiled": name.removesuffix(HALF) == "torch-compile"}
+    if name.endswith(HALF):
+        options["dtype"] = "bfloat16"
     return Entry(name, TORCH[name], f"{_TORCH_SIDE}:TorchPipeline", options)
+
+
+def plain_engine(device: str) -> str:
+    """What runs the ordinary graph: onnxruntime on the device that PyTorch has."""
+    return "onnxruntime-cuda" if device == "cuda" else "onnxruntime"
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16, as PyTorch's own kernels ask it."""
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _entry(name: str, models: Models, setting: Setting, device: str) -> Entry:
@@ -67,14 +87,20 @@ def _entry(name: str, models: Models, setting: Setting, device: str) -> Entry:
         return torch_entry(name, models, setting, device)
     options = {"bundle": str(models.bundle), "setting": asdict(setting)}
     if name == PLAIN:
-        title = "onnxruntime, ordinary graph with the adapter in it"
-        return Entry(name, title, f"{_OUR_SIDE}:PlainPipeline", {**options, "merged": str(models.merged)})
+        engine = plain_engine(device)
+        title = f"{engine}, ordinary graph with the adapter in it"
+        plain = {**options, "merged": str(models.merged), "engine": engine}
+        return Entry(name, title, f"{_OUR_SIDE}:PlainPipeline", plain)
     return Entry(name, f"ours on {name}", f"{_OUR_SIDE}:OurPipeline", {**options, "engine": name})
 
 
-def _obstacle(name: str, models: Models, setting: Setting) -> str:
+def _obstacle(name: str, models: Models, setting: Setting, device: str) -> str:
     """Why a contender cannot take part; empty if it can."""
     if name in TORCH:
+        if name.endswith(HALF) and device == "cuda":
+            return "on a GPU, PyTorch runs in float16 already"
+        if name.endswith(HALF) and not has_bfloat16():
+            return "this CPU has no instructions for bfloat16"
         if models.base is None or models.adapter is None:
             return "PyTorch needs what the bundle was exported from: add --base and --adapter"
         if setting.task == "controlnet" and models.controlnet is None:
@@ -83,7 +109,7 @@ def _obstacle(name: str, models: Models, setting: Setting) -> str:
     if name == PLAIN:
         if models.merged is None or setting.task != "variation":
             return f"there is no ordinary graph of {models.name} for the task {setting.task}"
-        backend: Backend = backend_named("onnxruntime")
+        backend: Backend = backend_named(plain_engine(device))
     else:
         backend = backend_named(name)
     if not backend.is_installed:

@@ -14,19 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from ipa.benchmarks.contender import Setting
+from ipa.benchmarks.contender import Setting, encoded_pictures
 from ipa.benchmarks.random_inputs import random_inputs
 from ipa.engines.bundle import Bundle
 from ipa.engines.engine import Array, Engine, GraphFile
-from ipa.engines.onnxruntime_engine import OnnxRuntimeEngine
 from ipa.engines.registry import open_engine
 from ipa.engines.spec import ComponentSpec, TensorSpec
 from ipa.runtime.beginning import Beginning
 from ipa.runtime.denoise import Guidance, Step, denoise
 from ipa.runtime.pipeline import Pipeline
 from ipa.runtime.preparation import Preparation
-
-PLAIN = "onnxruntime"
 
 
 def timed_steps(steps: Iterator[Step], count: int) -> float:
@@ -58,13 +55,16 @@ class PlainPipeline:
     The adapter and all keys and values are computed inside the graph at every step, as other exporters have it.
     """
 
-    dtype = "float32"
+    def __init__(self, bundle: str, merged: str, setting: Mapping[str, Any], engine: str) -> None:
+        """Open the graph that `ipa-export onnx --merged` wrote, and the bundle's other graphs without variants.
 
-    def __init__(self, bundle: str, merged: str, setting: Mapping[str, Any]) -> None:
-        """Open the graph that `ipa-export onnx --merged` wrote, and the bundle's other graphs without variants."""
+        Args:
+            engine: `onnxruntime` or `onnxruntime-cuda`.
+        """
         self._setting = Setting(**setting)
-        opened = Bundle.open(Path(bundle))
-        self._unet = merged_engine(Path(merged))
+        opened = Bundle.open(Path(bundle), verify=False)  # most of its graphs are not used
+        self._unet = merged_engine(Path(merged), engine)
+        self.dtype = self._unet.precision
         run = Preparation(opened).run(self._setting.request())
         self._schedule = run.schedule
         self._free = _free_axes(opened, self._setting)
@@ -79,7 +79,7 @@ class PlainPipeline:
 
         def component(name: str) -> Engine:
             if name not in kept:
-                kept[name] = open_engine(PLAIN, opened.graph(name))
+                kept[name] = open_engine(engine, opened.graph(name))
             return kept[name]
 
         self.stages = engine_stages(opened, component, self._setting, is_plain=True)
@@ -101,8 +101,8 @@ class SingleGraph:
     def __init__(self, engine: Engine, free: Mapping[str, int]) -> None:
         self.dtype, self.stages = engine.precision, dict[str, Callable[[], object]]()
         self._engine, self._inputs = engine, random_inputs(engine.spec, free, np.random.default_rng(0))
-        for array in self._inputs.values():  # as in a run
-            array.flags.writeable = False
+        for name, array in self._inputs.items():  # as in a run, where the others change at each step
+            array.flags.writeable = name in ("sample", "timestep")
 
     def block(self) -> tuple[float, None]:
         """See `Contender`."""
@@ -116,9 +116,9 @@ def open_unet(bundle: str, engine: str, free: Mapping[str, int]) -> SingleGraph:
     return SingleGraph(Bundle.open(Path(bundle), verify=False).open_component("unet", engine), free)
 
 
-def open_merged(file: str, free: Mapping[str, int]) -> SingleGraph:
+def open_merged(file: str, engine: str, free: Mapping[str, int]) -> SingleGraph:
     """A graph of `ipa-export onnx --merged` in onnxruntime."""
-    return SingleGraph(merged_engine(Path(file)), free)
+    return SingleGraph(merged_engine(Path(file), engine), free)
 
 
 def open_graph(file: str, description: str, engine: str, free: Mapping[str, int]) -> SingleGraph:
@@ -127,10 +127,10 @@ def open_graph(file: str, description: str, engine: str, free: Mapping[str, int]
     return SingleGraph(open_engine(engine, GraphFile("unet", spec, Path(file))), free)
 
 
-def merged_engine(file: Path) -> OnnxRuntimeEngine:
+def merged_engine(file: Path, engine: str) -> Engine:
     """A graph of `ipa-export onnx --merged`, as its `.meta.json` describes it."""
     meta = json.loads(file.with_name(f"{file.name}.meta.json").read_text("utf-8"))
-    return OnnxRuntimeEngine(GraphFile(file.name, read_spec(meta), file))
+    return open_engine(engine, GraphFile(file.name, read_spec(meta), file))
 
 
 def read_spec(record: Mapping[str, Any]) -> ComponentSpec:
@@ -167,7 +167,8 @@ def engine_stages(
         if not is_plain:
             stages["adapter"] = call(f"ip_adapter/{manifest.defaults.adapter}", 2)
     if setting.task in ("img2img", "inpaint"):
-        stages["vae_encoder"] = call("vae_encoder", 1)
+        channels = manifest.components["unet"].spec.inputs[0].axes[1]
+        stages["vae_encoder"] = call("vae_encoder", 1, encoded_pictures(setting.task, int(channels)))
     stages["vae_decoder"] = call("vae_decoder", 1, setting.images)
     return stages
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ipa.benchmarks.contender import Setting
-from ipa.benchmarks.entries import torch_entry
+from ipa.benchmarks.entries import plain_engine, torch_entry
 from ipa.benchmarks.full_size import PLUS_TOKENS, TOKENS
 from ipa.benchmarks.intervals import bootstrap
 from ipa.benchmarks.models import Models, write_merged, write_plus_adapter
 from ipa.benchmarks.pairing import first_seconds, measure, second_seconds
-from ipa.benchmarks.plain_graph import DESCRIPTION, graph_for, write_plain_graph
+from ipa.benchmarks.plain_graph import DESCRIPTION, graph_for, write_hoisted_graph, write_ordinary_graph
 from ipa.benchmarks.processes import ContenderError, ContenderProcess, Entry
 from ipa.benchmarks.progress import Progress
 from ipa.benchmarks.records import NotMeasured, Overhead
 from ipa.engines.bundle import Bundle
+from ipa.export.winograd import guidance_pair_sizes
 
 _OURS = "ipa.benchmarks.our_contenders"
 
@@ -37,34 +39,36 @@ def pairs(models: Models, setting: Setting, engines: Sequence[str], device: str)
     What is missing on disk is written first.
 
     Args:
-        engines: of ours, those that run here.
+        engines: of ours, those that run here and need nothing built: there are no built engines of such graphs.
     """
     assert models.folder is not None and models.base is not None
-    bundle = Bundle.open(models.bundle, verify=False)
-    dtype = bundle.manifest.components["unet"].spec.inputs[0].dtype
-    downscale = bundle.manifest.vae.downscale
+    base, folder = models.base, models.folder
+    manifest = Bundle.open(models.bundle, verify=False).manifest
+    unet, defaults, downscale = manifest.components["unet"].spec, manifest.defaults, manifest.vae.downscale
+    dtype = unet.inputs[0].dtype
     free = {"batch": setting.unet_batch}
     free |= {"latent_height": setting.height // downscale, "latent_width": setting.width // downscale}
+    hoisted, ordinary = folder / f"hoisted-{dtype}", folder / f"ordinary-{dtype}"
+    write_hoisted_graph(base, hoisted, unet, guidance_pair_sizes(defaults.height, defaults.width, downscale))
 
-    def graph(folder_name: str, engine: str, is_standard: bool) -> Entry:
-        assert models.folder is not None and models.base is not None
-        folder = models.folder / f"{folder_name}-{dtype}"
-        write_plain_graph(models.base, folder, dtype, free, is_standard)
-        options = {"file": str(graph_for(folder, engine)), "description": str(folder / DESCRIPTION)}
+    def without(graph: Path, engine: str) -> Entry:
+        options = {"file": str(graph_for(graph, engine)), "description": str(graph / DESCRIPTION)}
         return Entry("without", "", f"{_OURS}:open_graph", {**options, "engine": engine, "free": free})
 
     for engine in engines:
         for tokens in (TOKENS, PLUS_TOKENS):
             options = {"bundle": str(models.bundle), "engine": engine, "free": {**free, "tokens": tokens}}
-            hoisted = Entry("hoisted", "", f"{_OURS}:open_unet", options)
-            yield Pair(f"hoisted, {tokens} tokens", engine, tokens, hoisted, graph("plain", engine, False))
-    if "onnxruntime" in engines and models.merged is not None:
+            with_image = Entry("hoisted", "", f"{_OURS}:open_unet", options)
+            yield Pair(f"hoisted, {tokens} tokens", engine, tokens, with_image, without(hoisted, engine))
+    plain = plain_engine(device)
+    if plain in engines and models.merged is not None:
+        write_ordinary_graph(base, ordinary, dtype)
         for tokens, file in ((TOKENS, models.merged), (PLUS_TOKENS, models.merged.with_name("plus.onnx"))):
             if not file.exists():
                 write_merged(models, write_plus_adapter(models), file, dtype)
-            merged = Entry("in the graph", "", f"{_OURS}:open_merged", {"file": str(file), "free": free})
-            without = graph("plain-standard", "onnxruntime", True)
-            yield Pair(f"in the graph, {tokens} tokens", "onnxruntime-plain", tokens, merged, without)
+            options = {"file": str(file), "engine": plain, "free": free}
+            merged = Entry("in the graph", "", f"{_OURS}:open_merged", options)
+            yield Pair(f"in the graph, {tokens} tokens", "onnxruntime-plain", tokens, merged, without(ordinary, plain))
     one = replace(setting, block_steps=1)
     eager = torch_entry("torch-eager", models, one, device)
     yield Pair(
@@ -76,9 +80,14 @@ def pairs(models: Models, setting: Setting, engines: Sequence[str], device: str)
     )
 
 
-def measure_overhead(rows: Iterator[Pair], rounds: int, progress: Progress) -> tuple[list[Overhead], list[NotMeasured]]:
-    """Time each row's two sides in rounds A B B A."""
-    found, missing = list[Overhead](), list[NotMeasured]()
+def measure_overhead(
+    rows: Iterator[Pair], rounds: int, progress: Progress, found: list[Overhead], missing: list[NotMeasured]
+) -> None:
+    """Time each row's two sides in rounds A B B A.
+
+    Args:
+        found, missing: are added to row by row, so that an interruption leaves what was measured.
+    """
     for row in rows:
         name = f"{row.name} ({row.contender})"
         progress(f"cost of the image prompt, {name}", 0)
@@ -93,4 +102,3 @@ def measure_overhead(rows: Iterator[Pair], rounds: int, progress: Progress) -> t
         with_seconds, without_seconds = first_seconds(quads).value, second_seconds(quads).value
         against = bootstrap([quad.ratio for quad in quads])
         found.append(Overhead(row.name, row.contender, row.tokens, with_seconds, without_seconds, against))
-    return found, missing

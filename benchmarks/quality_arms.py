@@ -9,32 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
-from ipa.benchmarks.diffusers_pipeline import DiffusersPipeline
+import ipa.engines
+import ipa.runtime
+from ipa.benchmarks import diffusers_pipeline
+from ipa.benchmarks.diffusers_pipeline import DiffusersPipeline, image_encoder_folder
 from ipa.benchmarks.origin import origin
 from ipa.benchmarks.quality_data import Item
-from ipa.benchmarks.quality_models import files_sha256
+from ipa.benchmarks.quality_keys import base_sha256, code_sha256, files_sha256, machine_name, manifest_sha256
 from ipa.benchmarks.quality_pictures import ArmFolder, Drawn, Job
 from ipa.engines.bundle import hash_file
+from ipa.engines.closing import Closing
 from ipa.engines.errors import IpaError
 from ipa.engines.registry import backend_named
+from ipa.runtime import image_files
 from ipa.runtime.pipeline import Pipeline
 from ipa.runtime.preparation import Preparation
 from ipa.runtime.request import Request
 
 ENGINE, TORCH, BASE, SWEEP = "engine", "torch-eager", "base", "sweep"
 SWEEP_ITEMS = 8
-_BASE_PARTS = (
-    "unet",
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "scheduler",
-    "image_encoder",
-)
-_SHARED = ("num_inference_steps", "guidance_scale", "scheduler", "ip_adapter_scale", "height", "width", "num_images")
+SHARED = ("num_inference_steps", "guidance_scale", "scheduler", "ip_adapter_scale", "height", "width", "num_images")
 
 
 @dataclass(frozen=True)
@@ -58,10 +54,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class TorchModel:
-    """What PyTorch draws with: a pipeline folder of diffusers and an IP-Adapter file."""
+    """What PyTorch draws with: a pipeline folder of diffusers, an IP-Adapter file and its image encoder.
+
+    Attributes:
+        image_encoder: folder; `None`: the pipeline's.
+    """
 
     base: Path
     adapter: Path
+    image_encoder: Path | None = None
 
     def check(self) -> None:
         """Look whether there is such a thing.
@@ -73,19 +74,60 @@ class TorchModel:
             raise IpaError(f"--base {self.base}: has no model_index.json; name a pipeline folder in diffusers format")
         if not self.adapter.is_file():
             raise IpaError(f"--adapter {self.adapter}: no such file")
+        if not (image_encoder_folder(self.base, self.image_encoder) / "config.json").is_file():
+            if self.image_encoder is None:
+                raise IpaError(f"--base {self.base} has no image_encoder; add --image-encoder DIR, as for ipa-export")
+            raise IpaError(
+                f"--image-encoder {self.image_encoder}: has no config.json; name a CLIP vision model's folder"
+            )
 
     def settings(self) -> dict[str, Any]:
         """What its pictures depend on."""
         device, dtype = self.target
         versions = origin(("torch", "diffusers", "transformers")).versions
-        files = [file for part in _BASE_PARTS for file in (self.base / part).glob("*") if file.is_file()]
-        sums = {"base": files_sha256(self.base, files), "adapter": hash_file(self.adapter)}
-        return {**sums, "device": device, "dtype": dtype, **versions}
+        sums = {"base": base_sha256(self.base), "adapter": hash_file(self.adapter)}
+        if (encoder := self.image_encoder) is not None:
+            sums["image encoder"] = files_sha256(encoder, encoder.iterdir())
+        code = {"code of the PyTorch side": code_sha256(diffusers_pipeline, image_files)}
+        return {**sums, "device": device, "dtype": dtype, **versions, **code, "machine": machine_name()}
 
     @property
     def target(self) -> tuple[str, str]:
         """Device and dtype."""
         return ("cuda", "float16") if torch.cuda.is_available() else ("cpu", "float32")
+
+
+class TorchPainter(Closing):
+    """PyTorch's pipeline, loaded when it is first needed."""
+
+    def __init__(self, model: TorchModel) -> None:
+        self.model = model
+        self._pipe: DiffusersPipeline | None = None
+
+    def load(self) -> None:
+        """Load it, where it is not yet.
+
+        Raises:
+            IpaError: diffusers cannot load the model.
+        """
+        if self._pipe is None:
+            device, dtype = self.model.target
+            model = self.model
+            self._pipe = DiffusersPipeline(
+                model.base, model.adapter, image_encoder=model.image_encoder, device=device, dtype=dtype
+            )
+
+    def draw(self, request: Request) -> list[Image.Image]:
+        """Pictures of a resolved request."""
+        assert self._pipe is not None, "not loaded"
+        return self._pipe.draw(request)
+
+    def close(self) -> None:
+        """Let it go, its memory too."""
+        self._pipe = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 class Arms:
@@ -123,7 +165,12 @@ class Arms:
         request = jobs[0].request
         backend = {"engine": self._pipe.engine, "engine_version": backend_named(self._pipe.engine).version}
         models = {f"bundle's {part}": sha256 for part, sha256 in self._pipe.models(request).items()}
-        folder = ArmFolder(self._pictures / name, {**self._shared(request), **backend, **models})
+        rest = {
+            "manifest": manifest_sha256(self._pipe.manifest),
+            "code of ipa.engines and ipa.runtime": code_sha256(ipa.engines, ipa.runtime),
+            "machine": machine_name(),
+        }
+        folder = ArmFolder(self._pictures / name, {**self._shared(request), **backend, **models, **rest})
         folder.check(jobs)
         return folder
 
@@ -141,24 +188,21 @@ class Arms:
         """Draw by our engine what is missing."""
         return folder.draw(jobs, lambda request: self._pipe.run(request).images)
 
-    def draw_torch(self, folder: ArmFolder, model: TorchModel) -> Drawn:
-        """Draw by PyTorch what is missing; its model is loaded for that only, and let go."""
-        theirs: DiffusersPipeline | None = None
+    def draw_torch(self, folder: ArmFolder, painter: TorchPainter) -> Drawn:
+        """Draw by PyTorch what is missing.
+
+        Raises:
+            IpaError: its model cannot be loaded.
+            RuntimeError, ValueError: of PyTorch and diffusers, while they draw.
+        """
         if folder.missing(self.jobs):
-            device, dtype = model.target
-            theirs = DiffusersPipeline(model.base, model.adapter, device=device, dtype=dtype)
-        drawn = folder.draw(self.jobs, theirs.draw if theirs else self._nothing)
-        del theirs
-        gc.collect()
-        return drawn
+            painter.load()
+        return folder.draw(self.jobs, painter.draw)
 
     def _shared(self, request: Request) -> dict[str, Any]:
         """What all pictures of an arm have in common."""
         is_image_only = request.has_image and self._settings.is_image_only
-        return {**{name: getattr(request, name) for name in _SHARED}, "is_image_only": is_image_only}
-
-    def _nothing(self, request: Request) -> Any:
-        raise AssertionError("nothing was missing")
+        return {**{name: getattr(request, name) for name in SHARED}, "is_image_only": is_image_only}
 
     def _job(self, item: Item, has_image: bool = True) -> Job:
         settings = self._settings

@@ -37,9 +37,14 @@ def _scales(ctx: click.Context, param: click.Parameter, text: str | None) -> tup
 @click.option("--bundle", type=PLACE, help="What to measure.  [default: the demo]")
 @click.option(
     "--base",
-    help="The same model for PyTorch: a pipeline folder of diffusers.  [default: of the demo, the demo's]",
+    help="The same model for PyTorch: a pipeline folder of diffusers, or the Hub id that ipa-export fetched.  "
+    "[default: of the demo, the demo's]",
 )
 @click.option("--adapter", type=PLACE, help="The same IP-Adapter for PyTorch, .safetensors or .bin; goes with --base.")
+@click.option(
+    "--image-encoder",
+    help="The adapter's image encoder for PyTorch, as for ipa-export.  [default: the pipeline's own]",
+)
 @click.option(
     "--data", help="COCO's folder, .json, .jsonl or .csv as for ipa-train, or demo.  [default: without --bundle, demo]"
 )
@@ -65,6 +70,7 @@ def quality(
     bundle: Path | None,
     base: str | None,
     adapter: Path | None,
+    image_encoder: str | None,
     data: str | None,
     image_root: Path | None,
     clip: str | None,
@@ -108,6 +114,7 @@ def quality(
         bundle=bundle,
         base=base,
         adapter=adapter,
+        image_encoder=image_encoder,
         image_root=image_root,
         dino=dino,
         inception=inception,
@@ -118,13 +125,14 @@ def quality(
         sweep=sweep,
         is_forced=force,
     )
+    again = "the same command without --force goes on" if force else "the same command goes on"
     try:
         record = run_quality(options, lambda text: click.echo(f"ipa-bench: {text}", err=True))
     except KeyboardInterrupt:
-        click.echo("ipa-bench: stopped; the same command goes on from here", err=True)
+        click.echo(f"ipa-bench: stopped; {again} from here", err=True)
         sys.exit(130)
     except OSError as error:  # a full disk, an OUTPUT that is a file
-        raise IpaError(f"{error.filename or output}: {error.strerror or error}; the same command goes on") from error
+        raise IpaError(f"{error.filename or output}: {error.strerror or error}; {again}") from error
     click.echo(table(record))
     click.echo(output / RECORD_FILE)
 

@@ -78,15 +78,17 @@ def read_data(data: str, image_root: Path | None, limit: int | None, report: Cal
 
     Args:
         data: `demo`; a folder as COCO 2017 has it; a `.json`, `.jsonl` or `.csv` file as `ipa-train` takes it.
-        image_root: that the paths of such a file count from; `None`: the file's own folder.
+        image_root: that the paths of such a file count from, of other data `None`; `None`: the file's own folder.
         limit: take the first so many usable ones.
         report: told of each one that is left out.
     Raises:
         IpaError: there is no such data, it is malformed, or none of it can be used.
     """
+    path = Path(data)
+    if image_root is not None and (data == DEMO or path.is_dir()):
+        raise IpaError(f"--image-root goes with a .json, .jsonl or .csv file, not with --data {data}: leave it out")
     if data == DEMO:
         return _demo(limit)
-    path = Path(data)
     if path.is_dir():
         layout, entries = "COCO, the first caption of each image", _coco(path)
     elif path.is_file():

@@ -21,6 +21,7 @@ from ipa.benchmarks.quality_metrics import cosines, fid, mean_of_means, median_o
 from ipa.benchmarks.quality_models import Clip, DemoClip, Dino, Embedder, Inception, Vector, inception_obstacle
 from ipa.benchmarks.quality_pictures import Drawn
 from ipa.benchmarks.records import Difference, Gap, NotMeasured, Quality
+from ipa.engines.errors import IpaError
 from ipa.runtime.demo import demo_bundle
 from ipa.runtime.image_files import open_image
 from ipa.runtime.pipeline import Pipeline
@@ -82,13 +83,14 @@ def open_eyes(
         see = Clip(Path(clip))
     if dino is None:
         missing.append(NotMeasured("DINO", "give a model with --dino DIR"))
-    reason = inception_obstacle() if inception else "give torch-fidelity's Inception with --inception FILE"
-    if reason:
-        missing.append(NotMeasured("FID", reason))
+    if inception is None:
+        missing.append(NotMeasured("FID", "give torch-fidelity's Inception with --inception FILE"))
+    elif obstacle := inception_obstacle():
+        raise IpaError(f"--inception {inception}: {obstacle}")
     eyes = Eyes(
         clip=opened(see),
         dino=opened(Dino(dino)) if dino else None,
-        inception=opened(Inception(inception)) if inception and not reason else None,
+        inception=opened(Inception(inception)) if inception else None,
     )
     return eyes, missing
 

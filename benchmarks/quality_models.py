@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from ipa.benchmarks.quality_keys import files_sha256
 from ipa.engines.bundle import hash_file
 from ipa.engines.errors import IpaError, first_line
 from ipa.runtime.image_prompt import ImagePrompt
@@ -195,16 +194,6 @@ def torch_device() -> torch.device:
 
 def _vector(batch: torch.Tensor) -> Vector:
     return np.asarray(batch[0].float().cpu().numpy())
-
-
-def files_sha256(folder: Path, files: Iterable[Path]) -> str:
-    """One sum for several files.
-
-    Args:
-        folder: that they are in; their names count from there.
-    """
-    listed = [f"{file.relative_to(folder)} {hash_file(file)}\n" for file in sorted(files)]
-    return hashlib.sha256("".join(listed).encode()).hexdigest()
 
 
 def _model_sha256(folder: Path) -> str:

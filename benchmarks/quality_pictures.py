@@ -7,7 +7,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,10 +83,10 @@ class ArmFolder:
         try:
             found = json.loads(file.read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise IpaError(f"{file} cannot be read ({error}); --force starts over") from error
+            raise IpaError(f"{file} cannot be read ({error}); delete its folder to start over") from error
         now = json.loads(json.dumps(self._settings))  # as a file holds it: lists, no tuples
         if not isinstance(found, dict):
-            raise IpaError(f"{file} is not what ipa-bench wrote; --force starts over")
+            raise IpaError(f"{file} is not what ipa-bench wrote; choose another --output")
         for name in {**now, **found}:
             if found.get(name) != now.get(name):
                 raise self._mixed(f"{name} was {found.get(name)!r} and is {now.get(name)!r}")
@@ -147,7 +147,12 @@ class ArmFolder:
         )
 
 
-def remove_arms(pictures: Path) -> None:
-    """Delete the folders that `ArmFolder` made, and nothing else."""
-    for settings in list(pictures.rglob(SETTINGS_FILE)):
-        shutil.rmtree(settings.parent)
+def remove_arms(folders: Iterable[Path], names: Iterable[str]) -> None:
+    """Delete those folders that `ArmFolder` made: their settings have these names."""
+    for folder in folders:
+        try:
+            settings = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(settings, dict) and settings.keys() >= set(names):
+            shutil.rmtree(folder)

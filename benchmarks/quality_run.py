@@ -11,9 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from ipa.benchmarks.bundle_origin import check_adapter, source_folder, torch_obstacle
 from ipa.benchmarks.demo_weights import restored_demo
 from ipa.benchmarks.origin import origin
-from ipa.benchmarks.quality_arms import BASE, ENGINE, SWEEP, TORCH, Arms, Settings, TorchModel
+from ipa.benchmarks.quality_arms import BASE, ENGINE, SHARED, SWEEP, TORCH, Arms, Settings, TorchModel, TorchPainter
 from ipa.benchmarks.quality_data import Data, Item, read_data
 from ipa.benchmarks.quality_lpips import Lpips
 from ipa.benchmarks.quality_measure import DEMO, Eyes, difference, gaps, open_eyes, quality
@@ -23,7 +24,7 @@ from ipa.benchmarks.quality_pictures import SETTINGS_FILE, ArmFolder, Drawn, rem
 from ipa.benchmarks.quality_sheets import Row, contact_sheet, save_sheet
 from ipa.benchmarks.records import NotMeasured, QualityRecord, Sweep, write_record
 from ipa.engines.bundle import Bundle
-from ipa.engines.errors import IpaError
+from ipa.engines.errors import IpaError, first_line
 from ipa.engines.registry import backend_named
 from ipa.runtime.demo import demo_bundle
 from ipa.runtime.image_files import open_image
@@ -44,6 +45,7 @@ class Options:
     bundle: Path | None = None
     base: str | None = None
     adapter: Path | None = None
+    image_encoder: str | None = None
     image_root: Path | None = None
     dino: Path | None = None
     inception: Path | None = None
@@ -71,52 +73,79 @@ def run_quality(options: Options, report: Callable[[str], None]) -> QualityRecor
         eyes, missing = open_eyes(options.clip, options.dino, options.inception, options.output / "embeddings", stack)
         lpips = Lpips(options.lpips) if options.lpips else None
         arms = Arms(pipe, data.items, options.settings, pictures)
-        model = _torch_model(options, report)
+        model = _torch_model(options, pipe.bundle, report)
+        painter = None
+        if isinstance(model, NotMeasured):
+            missing.append(model)
+        else:
+            painter = stack.enter_context(TorchPainter(model))
         if options.is_forced:
-            remove_arms(pictures)
-        folders = _folders(arms, model, options.sweep)
-        drawn = _draw(arms, folders, model)
-        missing += _not_measured(options, model, eyes, data)
+            if painter:
+                painter.load()  # what cannot be loaded has cost no picture
+            remove_arms(_arm_folders(pictures), SHARED)
+        folders = _folders(arms, painter, options.sweep)
+        drawn, failed = _draw(arms, folders, painter)
+        missing += [*failed, *_not_measured(options, drawn, eyes, data)]
         measured = {name: quality(name, TITLES[name], one, data, eyes) for name, one in drawn.items()}
         apart = [gap for name in (BASE, TORCH) if name in measured for gap in gaps(measured[ENGINE], measured[name])]
-        differences = [difference(ENGINE, TORCH, drawn[ENGINE], drawn[TORCH], lpips)] if model else []
+        differences = [difference(ENGINE, TORCH, drawn[ENGINE], drawn[TORCH], lpips)] if TORCH in drawn else []
         sweep = _sweep(arms, folders, eyes, options) if options.sweep else None
         _write_sheet(data, {TITLES[name]: one for name, one in drawn.items()}, options.output / SHEET_FILE)
         setting = _setting(options, data, arms, pipe, eyes, lpips)
-        setting |= _torch_setting(model, folders[TORCH]) if model else {}
+        setting |= _torch_setting(painter.model, folders[TORCH]) if painter and TORCH in drawn else {}
     figures = [one.figures for one in measured.values()]
     record = QualityRecord(origin(), setting, figures, apart, differences, sweep, missing)
     write_record(record, options.output / RECORD_FILE)
     return record
 
 
-def _torch_model(options: Options, report: Callable[[str], None]) -> TorchModel | None:
+def _torch_model(options: Options, bundle: Bundle, report: Callable[[str], None]) -> TorchModel | NotMeasured:
     """What PyTorch draws with; the demo's is made from its bundle."""
     is_demo = options.bundle is None or options.bundle.resolve() == demo_bundle().resolve()
-    if options.base is None and not (is_demo and options.adapter is None):
-        if options.adapter is not None:
-            raise IpaError("--adapter is for PyTorch, which needs --base DIR, too: give both or none")
-        return None
+    apart = {"--adapter": options.adapter, "--image-encoder": options.image_encoder}
+    given = [option for option, value in apart.items() if value is not None]
+    if options.base is None and (given or not is_demo):
+        if given:
+            raise IpaError(f"{given[0]} is for PyTorch, which needs --base DIR, too: give both or none")
+        if options.lpips is not None:
+            raise IpaError("--lpips compares with PyTorch's pictures: add --base DIR --adapter FILE, or leave it out")
+        return NotMeasured(TORCH, "give the same model to PyTorch with --base DIR --adapter FILE")
     if options.base in (None, DEMO):
-        if not is_demo or options.adapter is not None:
+        if not is_demo or given:
             raise IpaError("--base demo goes with the demo's bundle alone, and brings its own adapter")
         report("the demo's weights for PyTorch, from its bundle")
-        return TorchModel(*restored_demo(Bundle.open(demo_bundle()), options.output / "demo_weights"))
+        try:
+            return TorchModel(*restored_demo(bundle, options.output / "models" / DEMO))
+        except (IpaError, RuntimeError, ValueError) as error:
+            return NotMeasured(TORCH, f"its weights cannot be taken from the bundle: {first_line(error)}")
+    assert options.base is not None
     if options.adapter is None:
         raise IpaError(f"--base {options.base} needs --adapter FILE: the IP-Adapter that the bundle was made with")
-    model = TorchModel(Path(options.base), options.adapter)
+    encoder = options.image_encoder
+    model = TorchModel(
+        source_folder("--base", options.base, "model_index.json"),
+        options.adapter,
+        None if encoder is None else source_folder("--image-encoder", encoder, "config.json"),
+    )
     model.check()
-    return model
+    check_adapter(bundle, model.adapter)
+    obstacle = torch_obstacle(bundle.manifest)
+    return NotMeasured(TORCH, obstacle) if obstacle else model
 
 
-def _folders(arms: Arms, model: TorchModel | None, sweep: tuple[float, ...]) -> dict[str, ArmFolder]:
+def _arm_folders(pictures: Path) -> list[Path]:
+    """Where arms of any run may have drawn."""
+    return [*(pictures / name for name in (ENGINE, TORCH, BASE)), *(pictures / SWEEP).glob("*")]
+
+
+def _folders(arms: Arms, painter: TorchPainter | None, sweep: tuple[float, ...]) -> dict[str, ArmFolder]:
     """Every arm's folder by name, all checked before anything is drawn."""
     folders = {
         ENGINE: arms.engine_folder(ENGINE, arms.jobs),
         BASE: arms.engine_folder(BASE, arms.base_jobs),
     }
     folders |= {name: arms.engine_folder(name, arms.sweep_jobs(scale)) for name, scale in _sweep_names(sweep).items()}
-    return folders | ({TORCH: arms.torch_folder(model)} if model else {})
+    return folders | ({TORCH: arms.torch_folder(painter.model)} if painter else {})
 
 
 def _sweep_names(sweep: tuple[float, ...]) -> dict[str, float]:
@@ -124,11 +153,20 @@ def _sweep_names(sweep: tuple[float, ...]) -> dict[str, float]:
     return {f"{SWEEP}/{scale:g}": scale for scale in sorted(sweep)}
 
 
-def _draw(arms: Arms, folders: Mapping[str, ArmFolder], model: TorchModel | None) -> dict[str, Drawn]:
-    """Every arm's pictures but the sweep's. PyTorch begins: what it cannot load is known at once."""
-    theirs = {TORCH: arms.draw_torch(folders[TORCH], model)} if model else {}
+def _draw(
+    arms: Arms, folders: Mapping[str, ArmFolder], painter: TorchPainter | None
+) -> tuple[dict[str, Drawn], list[NotMeasured]]:
+    """Every arm's pictures but the sweep's, and what failed. PyTorch begins: what it cannot load is known at once."""
+    theirs: dict[str, Drawn] = {}
+    failed = []
+    if painter:
+        try:
+            theirs[TORCH] = arms.draw_torch(folders[TORCH], painter)
+        except (RuntimeError, ValueError) as error:  # out of memory, say: our own arms can do without
+            failed.append(NotMeasured(TORCH, f"{type(error).__name__} while it drew: {first_line(error)}"))
+        painter.close()
     ours = arms.draw_engine(folders[ENGINE], arms.jobs)
-    return {ENGINE: ours, **theirs, BASE: arms.draw_engine(folders[BASE], arms.base_jobs)}
+    return {ENGINE: ours, **theirs, BASE: arms.draw_engine(folders[BASE], arms.base_jobs)}, failed
 
 
 def _sweep(arms: Arms, folders: Mapping[str, ArmFolder], eyes: Eyes, options: Options) -> Sweep:
@@ -162,14 +200,14 @@ def _opened(drawn: Drawn) -> list[Image.Image]:
     return [open_image(files[0]) for files in drawn.files[:SHEET_ROWS]]
 
 
-def _not_measured(options: Options, model: TorchModel | None, eyes: Eyes, data: Data) -> list[NotMeasured]:
+def _not_measured(options: Options, drawn: Mapping[str, Drawn], eyes: Eyes, data: Data) -> list[NotMeasured]:
     missing = []
     if eyes.inception and len(data.items) == 1:
         missing.append(NotMeasured("FID", "one picture has no spread; take more with --limit"))
-    if model is None:
-        missing.append(NotMeasured(TORCH, "give the same model to PyTorch with --base DIR --adapter FILE"))
-    elif options.lpips is None:
+    if TORCH in drawn and options.lpips is None:
         missing.append(NotMeasured("LPIPS", "give AlexNet's weights as torchvision has them with --lpips FILE"))
+    elif options.lpips is not None and TORCH not in drawn:
+        missing.append(NotMeasured("LPIPS", "there are no pictures of PyTorch to compare with"))
     if not options.sweep:
         missing.append(NotMeasured("scale sweep", "ask for it with --sweep 0,0.25,0.5,0.75,1"))
     return missing
@@ -178,13 +216,16 @@ def _not_measured(options: Options, model: TorchModel | None, eyes: Eyes, data: 
 def _torch_setting(model: TorchModel, folder: ArmFolder) -> dict[str, Any]:
     """What PyTorch drew with, with the sums that its folder was checked by: to hash gigabytes again takes a while."""
     kept = json.loads((folder.folder / SETTINGS_FILE).read_text("utf-8"))
-    return {
+    found = {
         "torch": " ".join(model.target),
         "base": str(model.base),
         "base_sha256": kept["base"],
         "adapter": str(model.adapter),
         "adapter_sha256": kept["adapter"],
     }
+    if model.image_encoder is not None:
+        found |= {"image_encoder": str(model.image_encoder), "image_encoder_sha256": kept["image encoder"]}
+    return found
 
 
 def _setting(

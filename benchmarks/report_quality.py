@@ -26,6 +26,8 @@ LABELS = {
     "base_sha256": "base model for PyTorch, SHA-256 of its files' sums",
     "adapter": "IP-Adapter for PyTorch",
     "adapter_sha256": "IP-Adapter for PyTorch, SHA-256",
+    "image_encoder": "image encoder for PyTorch",
+    "image_encoder_sha256": "image encoder for PyTorch, SHA-256 of its files' sums",
     "data_layout": "layout of the data",
     "skipped": "skipped items of the data",
     "is_image_only": "texts left out",

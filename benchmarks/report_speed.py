@@ -18,6 +18,7 @@ LABELS = {
     "height": "height, pixels",
     "width": "width, pixels",
     "steps": "denoising steps",
+    "unet_calls": "calls of the UNet in a whole run",
     "guidance_scale": "guidance scale",
     "image_tokens": "image tokens",
     "block_steps": "steps per measured block",

@@ -31,9 +31,9 @@ def test_the_demo_by_pytorch_draws_what_the_bundle_draws(tmp_path: Path) -> None
     assert list(engine.rates) == ["foreground colour", "background colour", "both colours", "texture", "shape"]
     assert engine.rates["both colours"] > base.rates["both colours"]
     # What was made is kept.
-    pipeline, adapter = restored_demo(Bundle.open(demo_bundle()), tmp_path / "demo_weights")
+    pipeline, adapter = restored_demo(Bundle.open(demo_bundle()), tmp_path / "models" / "demo")
     before = {file: file.stat().st_mtime_ns for file in [adapter, *pipeline.rglob("*")]}
-    restored_demo(Bundle.open(demo_bundle()), tmp_path / "demo_weights")
+    restored_demo(Bundle.open(demo_bundle()), tmp_path / "models" / "demo")
     assert before == {file: file.stat().st_mtime_ns for file in [adapter, *pipeline.rglob("*")]}
 
 

@@ -58,6 +58,14 @@ def test_files_as_the_trainer_takes_them(suffix: str, tmp_path: Path) -> None:
     assert (second.reference.name, second.real.name) == ("b.png" if suffix == "csv" else "r.png", "b.png")
 
 
+def test_an_image_root_for_data_without_is_refused(tmp_path: Path) -> None:
+    for data in ("demo", str(coco(tmp_path / "coco"))):
+        with pytest.raises(
+            IpaError, match=f"--image-root goes with a .json, .jsonl or .csv file, not with --data {data}"
+        ):
+            read_data(data, tmp_path, None, lambda text: None)
+
+
 def test_the_demos_pairs() -> None:
     data = read("demo", 3)
     assert [item.text for item in data.items] == [pair.prompt for pair in data.pairs] and len(data.items) == 3
@@ -151,6 +159,15 @@ def test_pictures_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
         ArmFolder(folder, {"steps": 5}).check(jobs(2))
     with pytest.raises(IpaError, match="the text, image or seed of 00 has changed"):
         ArmFolder(folder, {"steps": 4}).check(jobs(2, "a dog"))
-    (tmp_path / "pictures" / "mine.png").write_bytes(b"")
-    remove_arms(tmp_path / "pictures")
-    assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["mine.png"]
+
+
+def test_only_folders_of_arms_are_deleted(tmp_path: Path) -> None:
+    engine, mine, other, broken = (tmp_path / name for name in ("engine", "mine", "base", "sweep"))
+    drawn(engine, jobs(1))
+    for folder, settings in ((mine, {"steps": 4}), (other, {"editor": "dark"})):
+        folder.mkdir()
+        (folder / "settings.json").write_text(json.dumps(settings))
+    broken.mkdir()
+    (broken / "settings.json").write_text("[")
+    remove_arms([engine, other, broken, tmp_path / "none"], ["steps"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "mine", "sweep"]

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -17,12 +23,16 @@ from click.testing import CliRunner, Result
 from PIL import Image, ImageOps
 from tiny_eyes import Extractor, coco, stand_in_for_inception, tiny_clip, tiny_dino
 
-from ipa.benchmarks import quality_measure, quality_models
+from ipa.benchmarks import quality_arms, quality_lpips, quality_measure, quality_models
+from ipa.benchmarks.bundle_origin import source_folder, torch_obstacle
 from ipa.benchmarks.cli import main
+from ipa.benchmarks.diffusers_pipeline import DiffusersPipeline
 from ipa.benchmarks.quality_lpips import alexnet_features
 from ipa.benchmarks.quality_metrics import psnr
 from ipa.benchmarks.records import QualityRecord, read_record
-from ipa.engines.bundle import hash_file
+from ipa.engines.bundle import Bundle, hash_file
+from ipa.engines.errors import IpaError
+from ipa.engines.manifest import LoraRecord, SourceRecord
 from ipa.runtime.image_files import open_image
 from ipa.runtime.pipeline import Pipeline
 
@@ -34,7 +44,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Models that look at pictures, and data in COCO's layout."""
     folder = tmp_path_factory.mktemp("eyes")
     tiny_clip(folder / "clip"), tiny_dino(folder / "dino"), coco(folder / "data")
-    return {name: folder / name for name in ("clip", "dino", "data")}
+    (folder / "bare").mkdir()
+    (folder / "bare" / "model_index.json").write_text("{}")
+    convolutions = alexnet_features().state_dict()
+    torch.save({f"features.{name}": one for name, one in convolutions.items()}, folder / "lpips")
+    return {name: folder / name for name in ("clip", "dino", "data", "bare", "lpips")}
 
 
 def run(output: Path, *arguments: object) -> Result:
@@ -54,6 +68,13 @@ def figures(output: Path) -> QualityRecord:
     return replace(found, origin=replace(found.origin, command="", created=""), arms=arms)
 
 
+def all_options(bundle: Path, base: Path, adapter: Path, models: dict[str, Path]) -> tuple[list[object], list[object]]:
+    """Every arm; every model that looks at pictures but Inception."""
+    options = ["--bundle", bundle, "--base", base, "--adapter", adapter, "--sweep", "1,0", *SMALL]
+    eyes = ["--data", models["data"], "--clip", models["clip"], "--dino", models["dino"], "--lpips", models["lpips"]]
+    return [*options, "--samples", 2], eyes
+
+
 def test_engine_pytorch_and_base(
     tiny_bundle: Path,
     tiny_base: Path,
@@ -62,13 +83,10 @@ def test_engine_pytorch_and_base(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    options, more = all_options(tiny_bundle, tiny_base, tiny_adapter_file, models)
     monkeypatch.setattr(quality_measure, "inception_obstacle", lambda: "")
-    weights = tmp_path / "alexnet.pth"
-    torch.save({f"features.{name}": one for name, one in alexnet_features().state_dict().items()}, weights)
-    options = ["--bundle", tiny_bundle, "--base", tiny_base, "--adapter", tiny_adapter_file, "--sweep", "1,0", *SMALL]
-    eyes = ["--data", models["data"], "--clip", models["clip"], "--dino", models["dino"], "--samples", 2]
-    more = ["--inception", stand_in_for_inception(monkeypatch, tmp_path), "--lpips", weights]
-    result = run(tmp_path, *options, *eyes, *more)
+    more += ["--inception", stand_in_for_inception(monkeypatch, tmp_path)]
+    result = run(tmp_path, *options, *more)
     assert result.exit_code == 0, result.output
     found = record(tmp_path)
     engine, theirs, base = found.arms
@@ -101,7 +119,8 @@ def test_engine_pytorch_and_base(
     assert setting["engine_version"] == version("onnxruntime") and setting["engine_dtype"] == "float32"
     assert setting["torch"] == "cpu float32" or torch.cuda.is_available()
     assert (setting["base"], setting["adapter"]) == (str(tiny_base), str(tiny_adapter_file))
-    sums = {"adapter_sha256": tiny_adapter_file, "lpips_sha256": weights, "inception_sha256": Path(more[1])}
+    sums = {"adapter_sha256": tiny_adapter_file, "lpips_sha256": models["lpips"]}
+    sums["inception_sha256"] = Path(str(more[-1]))
     assert {name: setting[name] for name in sums} == {name: hash_file(file) for name, file in sums.items()}
     assert len({setting[name] for name in ("base_sha256", "clip_sha256", "dino_sha256", "unet_files_sha256")}) == 4
     assert difference.lpips is not None and 0 <= difference.lpips.value < 1e-3
@@ -134,12 +153,25 @@ def failing(calls: int, real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_figures(
-    tiny_bundle: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path,
+    tiny_base: Path,
+    tiny_adapter_file: Path,
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = ["--bundle", tiny_bundle, "--data", models["data"], "--clip", models["clip"], "--samples", 2, *SMALL]
+    options = [*chain(*all_options(tiny_bundle, tiny_base, tiny_adapter_file, models))]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(whole, *options).exit_code == 0
-    for cls, name, calls in ((Pipeline, "run", 4), (quality_models.Clip, "image", 7)):
+    stops: list[tuple[type, str, int]] = [
+        (DiffusersPipeline, "draw", 1),
+        (Pipeline, "run", 4),  # without image prompt
+        (quality_models.Clip, "image", 7),
+        (quality_models.Dino, "image", 7),
+        (quality_lpips.Lpips, "__call__", 3),
+        (Pipeline, "run", 2),  # in the sweep
+    ]
+    for cls, name, calls in stops:
         with monkeypatch.context() as patch:
             patch.setattr(cls, name, failing(calls, getattr(cls, name)))
             result = run(parts, *options)
@@ -147,19 +179,130 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_figures(
         assert not list(parts.rglob(".*"))
     assert run(parts, *options).exit_code == 0
     assert figures(parts) == figures(whole)
-    for file in (whole / "pictures").rglob("*.png"):
-        assert (parts / file.relative_to(whole)).read_bytes() == file.read_bytes()
-    # All is there now: nothing is drawn, nothing is looked at.
+    drawn = sorted(file.relative_to(whole) for file in (whole / "pictures").rglob("*.png"))
+    assert len(drawn) == 3 * 2 * 3 + 2 * 3
+    for name in drawn:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    # All is there now: nothing is loaded or drawn, nothing is looked at.
     monkeypatch.setattr(Pipeline, "run", failing(0, Pipeline.run))
-    monkeypatch.setattr(quality_models.Clip, "image", failing(0, quality_models.Clip.image))
+    monkeypatch.setattr(DiffusersPipeline, "__init__", failing(0, DiffusersPipeline.__init__))
+    for cls in (quality_models.Clip, quality_models.Dino):
+        monkeypatch.setattr(cls, "image", failing(0, cls.image))
     assert run(parts, *options).exit_code == 0
     assert figures(parts) == figures(whole)
-    # Other settings are refused, unless all is drawn anew.
-    refused = run(parts, *options, "--steps", "3")
-    assert refused.exit_code == 2 and refused.output.count("\n") == 1
-    assert "num_inference_steps was 2 and is 3; choose another --output, or start over with --force" in refused.output
-    assert run(parts, *options, "--steps", "3", "--force").exit_code == 130  # it draws
-    assert not list((parts / "pictures").rglob("*.png"))
+
+
+def test_pictures_of_other_settings_are_refused_or_drawn_anew(
+    tiny_bundle: Path,
+    tiny_base: Path,
+    tiny_adapter_file: Path,
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ["--bundle", tiny_bundle, "--data", models["data"], "--clip", models["clip"], "--samples", 1, *SMALL]
+    assert run(tmp_path, *options, "--limit", 2).exit_code == 0
+
+    def refused(*more: object) -> str:
+        result = run(tmp_path, *options, *more)
+        assert result.exit_code == 2 and result.output.count("\n") == 1
+        assert result.output.endswith("; choose another --output, or start over with --force\n")
+        return result.output
+
+    assert "num_inference_steps was 2 and is 3" in refused("--steps", 3)
+    for function, name in (
+        ("code_sha256", "code of ipa.engines and ipa.runtime"),
+        ("manifest_sha256", "manifest"),
+        ("machine_name", "machine"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(quality_arms, function, lambda *given: "another")
+            assert f"{name} was " in refused() and "and is 'another'" in refused()
+    # PyTorch's side is loaded before anything is deleted.
+    base, kept = tmp_path / "unfinished", sorted((tmp_path / "pictures").rglob("*.png"))
+    for part in ("model_index.json", "image_encoder/config.json"):
+        (base / part).parent.mkdir(parents=True, exist_ok=True)
+        (base / part).write_bytes((tiny_base / part).read_bytes())
+    failed = run(tmp_path, *options, "--force", "--base", base, "--adapter", tiny_adapter_file)
+    assert failed.exit_code == 2 and f"diffusers cannot load {base}" in failed.output
+    assert kept and kept == sorted((tmp_path / "pictures").rglob("*.png"))
+    monkeypatch.setattr(Pipeline, "run", failing(0, Pipeline.run))
+    stopped = run(tmp_path, *options, "--steps", 3, "--force")
+    assert stopped.exit_code == 130  # it draws
+    assert stopped.output == "ipa-bench: stopped; the same command without --force goes on from here\n"
+    assert not list((tmp_path / "pictures").rglob("*.png"))
+
+
+def test_pytorch_that_fails_is_not_measured(
+    tiny_bundle: Path,
+    tiny_base: Path,
+    tiny_adapter_file: Path,
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, encoder = tmp_path / "base", tmp_path / "encoder"
+    shutil.copytree(tiny_base, base)
+    (base / "image_encoder").rename(encoder)  # as the official adapters come
+
+    def full(pipe: DiffusersPipeline, request: object) -> None:
+        assert pipe.has_adapter
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    monkeypatch.setattr(DiffusersPipeline, "draw", full)
+    options = ["--bundle", tiny_bundle, "--base", base, "--adapter", tiny_adapter_file, "--limit", 1, *SMALL]
+    options += ["--image-encoder", encoder]
+    result = run(tmp_path, *options, "--data", models["data"], "--clip", models["clip"], "--samples", 1)
+    assert result.exit_code == 0, result.output
+    found = record(tmp_path)
+    assert [arm.name for arm in found.arms] == ["engine", "base"] and found.differences == []
+    reasons = {row.name: row.reason for row in found.not_measured}
+    assert reasons["torch-eager"] == "OutOfMemoryError while it drew: CUDA out of memory. Tried to allocate"
+    assert not {"torch", "base", "adapter", "image_encoder"} & set(found.setting)
+
+
+def test_what_a_base_folder_does_not_have_is_an_obstacle(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    assert torch_obstacle(manifest) == ""
+    vae = SourceRecord("vae.safetensors", "0")
+    changed = replace(manifest, clip_skip=1, loras=(LoraRecord("a", "0", 1.0),), sources={"vae": vae})
+    expected = "the bundle was made with a VAE of its own, LoRAs, clip_skip, which --base DIR does not have"
+    assert torch_obstacle(changed) == expected
+
+
+def test_ids_of_the_hub_are_looked_up_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(IpaError, match="--image-encoder an/encoder/models: no such folder, and the Hub's cache"):
+        source_folder("--image-encoder", "an/encoder/models", "config.json")
+    cached = tmp_path / "models--an--encoder"
+    folder = cached / "snapshots" / ("0" * 40) / "models"
+    folder.mkdir(parents=True), (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    (folder / "config.json").write_text("{}")
+    assert source_folder("--image-encoder", "an/encoder/models", "config.json") == folder
+    assert source_folder("--base", str(folder), "model_index.json") == folder
+
+
+def test_inception_that_cannot_be_used_is_refused(
+    tiny_bundle: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality_models, "find_spec", lambda name: None)
+    options = ["--bundle", tiny_bundle, "--data", models["data"], "--clip", models["clip"], *SMALL]
+    result = run(tmp_path, *options, "--inception", "weights.pth")
+    expected = "ipa-bench: --inception weights.pth: torch-fidelity is not installed: `pip install torch-fidelity`\n"
+    assert (result.exit_code, result.output) == (2, expected)
+    assert not (tmp_path / "pictures").exists()
+
+
+@pytest.mark.parametrize("command", ["speed", "quality", "report --records ."])
+def test_without_its_extra_it_names_the_extra(command: str, tmp_path: Path) -> None:
+    extras = ("torch", "transformers", "diffusers", "jinja2", "matplotlib", "pydantic", "torchmetrics", "onnx", "tqdm")
+    code = f"import sys; sys.modules |= dict.fromkeys({extras!r}); from ipa.benchmarks.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split(), "--output", str(tmp_path)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"ipa-bench: \w+ is missing: pip install 'ipa-runtime\[bench\]'\n", done.stderr), done.stderr
 
 
 BAD: dict[str, tuple[list[str], str]] = {
@@ -173,6 +316,20 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["--data", "{data}", "--clip", "{clip}", "--base", "{clip}", "--adapter", "x"],
         "--base {clip}: has no model_index.json",
     ),
+    "no image encoder": (
+        ["--data", "{data}", "--clip", "{clip}", "--base", "{bare}", "--adapter", "{adapter}"],
+        "--base {bare} has no image_encoder; add --image-encoder DIR",
+    ),
+    "another adapter": (
+        ["--data", "{data}", "--clip", "{clip}", "--base", "{base}", "--adapter", "{base}/model_index.json"],
+        "but adapter 'tiny' of {bundle} was made of one with",
+    ),
+    "image encoder alone": (["--data", "{data}", "--clip", "{clip}", "--image-encoder", "x"], "needs --base DIR, too"),
+    "LPIPS without PyTorch": (
+        ["--data", "{data}", "--clip", "{clip}", "--lpips", "{lpips}"],
+        "--lpips compares with PyTorch's pictures: add --base DIR --adapter FILE, or leave it out",
+    ),
+    "image root of COCO": (["--data", "{data}", "--clip", "{clip}", "--image-root", "x"], "not with --data {data}"),
     "no steps": (["--data", "{data}", "--clip", "{clip}", "--steps", "5000"], "num_inference_steps (--steps) is 5000"),
     "no engine": (["--data", "{data}", "--clip", "{clip}", "--engine", "steam"], "steam"),
     "no numbers": (["--data", "{data}", "--clip", "{clip}", "--sweep", "0,a"], "'0,a' is no list of numbers"),
@@ -180,8 +337,11 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_message(name: str, tiny_bundle: Path, models: dict[str, Path], tmp_path: Path) -> None:
-    places = {**{key: str(path) for key, path in models.items()}, "bundle": str(tiny_bundle)}
+def test_bad_input_is_one_message(
+    name: str, tiny_bundle: Path, tiny_base: Path, tiny_adapter_file: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    given = {**models, "bundle": tiny_bundle, "base": tiny_base, "adapter": tiny_adapter_file}
+    places = {key: str(path) for key, path in given.items()}
     arguments, message = BAD[name]
     result = run(tmp_path / "out", "--bundle", tiny_bundle, *(argument.format(**places) for argument in arguments))
     assert result.exit_code == 2 and message.format(**places) in result.output, result.output
@@ -211,4 +371,4 @@ def test_texts_can_be_left_out(
     found = record(tmp_path)
     assert found.arms[0].fid is None  # of one picture
     assert found.setting["is_image_only"] and found.setting["images"] == 1
-    assert [row.name for row in found.not_measured] == ["DINO", "FID", "torch-eager", "scale sweep"]
+    assert [row.name for row in found.not_measured] == ["DINO", "torch-eager", "FID", "scale sweep"]
