@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import click
 from PIL import Image
@@ -22,14 +24,17 @@ from tqdm import tqdm
 
 from ipa.benchmarks.quality_sheets import Row, contact_sheet, save_sheet
 from ipa.engines.bundle import hash_file
+from ipa.engines.errors import IpaError
 from ipa.engines.registry import backend_named
 from ipa.runtime import Pipeline
 from ipa.runtime.demo import demo_bundle
-from ipa.trainer.demo.evaluate import Pair, Scores, held_out_pairs, score
+from ipa.trainer.demo.evaluate import PAIRS, Pair, Scores, held_out_pairs, score
 from ipa.trainer.demo.judge import SHIPPED, load_judge
+from ipa.trainer.files import atomic_path
 
 SCALES = (0.0, 0.5, 1.0)
 SHEET_PAIRS = 8
+COUNT = click.IntRange(min=1)
 
 
 def generate(pipe: Pipeline, pairs: Sequence[Pair], scale: float, steps: int, guidance: float) -> list[Image.Image]:
@@ -58,12 +63,23 @@ def table(scores: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
-@click.command()
+class _Command(click.Command):
+    """Turns what the user can act on into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except IpaError as error:
+            click.echo(f"demo_quality: {error}", err=True)
+            sys.exit(2)
+
+
+@click.command(cls=_Command)
 @click.option("--bundle", type=click.Path(path_type=Path), default=None, help="Default: the demo bundle.")
-@click.option("--steps", default=25, help="DDIM steps.")
+@click.option("--steps", type=COUNT, default=25, show_default=True, help="DDIM steps.")
 @click.option("--guidance-scale", type=float, default=None, help="Default: the bundle's.")
 @click.option("--engine", default="onnxruntime", show_default=True, help="Back-end that draws.")
-@click.option("--pairs", "count", default=64, help="How many held-out pairs.")
+@click.option("--pairs", "count", type=COUNT, default=PAIRS, show_default=True, help="How many held-out pairs.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("out"), help="Folder for demo_quality.json.")
 @click.option("--sheet", type=click.Path(path_type=Path), default=None, help="Write a contact sheet here.")
 def main(
@@ -80,7 +96,7 @@ def main(
     judge = load_judge(SHIPPED)
     scores, pictures = {}, {}
     with Pipeline.open(bundle or demo_bundle(), engine=engine) as pipe:
-        guidance = guidance_scale or pipe.manifest.defaults.guidance_scale
+        guidance = pipe.manifest.defaults.guidance_scale if guidance_scale is None else guidance_scale
         for scale in SCALES:
             images = generate(pipe, pairs, scale, steps, guidance)
             pictures[f"scale {scale}"] = images
@@ -90,22 +106,26 @@ def main(
     click.echo(table(scores))
     record = {
         "command": "python -m ipa.benchmarks.demo_quality",
-        "pairs": count,
+        "pairs": len(pairs),
         "steps": steps,
         "scheduler": "ddim",
         "guidance_scale": guidance,
         "engine": pipe.engine,
-        "unet_sha256": unet,
+        "unet_weights_sha256": unet,
         "versions": {name: version(name) for name in ("ipa-runtime", "numpy", "torch")}
         | {pipe.engine: backend_named(pipe.engine).version},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "rates": {scale: asdict(rates) for scale, rates in scores.items()},
     }
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "demo_quality.json").write_text(json.dumps(record, indent=1) + "\n")
-    if sheet is not None:
-        rows = [Row(pair.prompt, pair.reference) for pair in pairs[:SHEET_PAIRS]]
-        save_sheet(contact_sheet(rows, {name: images[:SHEET_PAIRS] for name, images in pictures.items()}), sheet)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with atomic_path(output / "demo_quality.json") as partial:
+            partial.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        if sheet is not None:
+            rows = [Row(pair.prompt, pair.reference) for pair in pairs[:SHEET_PAIRS]]
+            save_sheet(contact_sheet(rows, {name: images[:SHEET_PAIRS] for name, images in pictures.items()}), sheet)
+    except OSError as error:  # a full disk, an --output that is a file
+        raise IpaError(f"{error.filename or output}: {error.strerror or error}; name another place") from error
 
 
 if __name__ == "__main__":

@@ -139,20 +139,29 @@ def quality(
 
 def table(record: QualityRecord) -> str:
     """A record for people."""
+    from ipa.benchmarks.report_numbers import signed
+
     lines = [f"{record.setting['images']} image prompts x {record.setting['samples']} samples, 95 % intervals"]
     for arm in record.arms:
         lines += ["", f"{arm.name}: {arm.title}", *_figures(arm)]
     for one in record.differences:
-        lines += ["", f"{one.first} and {one.second}: PSNR {_text(one.psnr, 1)} dB, lowest {one.lowest_psnr:.1f} dB"]
+        lines += ["", f"{one.first} and {one.second}, pictures of the same seeds: {one.equal.value:.1%} are equal"]
+        if one.psnr and one.lowest_psnr is not None:
+            lines.append(f"  PSNR of the others, median  {_text(one.psnr, 1)} dB, lowest {one.lowest_psnr:.1f} dB")
         lines += [f"  LPIPS   {_text(one.lpips, 4)}"] if one.lpips else []
+    lines += [""] if record.gaps else []
+    for gap in record.gaps:
+        title = gap.measure.replace("_", "-").upper()
+        lines.append(f"{title} of {gap.first} minus {gap.second}, of the same seeds: {signed(gap.value)}")
     if resize := record.setting.get("fid_resize"):
         counts = record.setting["fid_pictures"]
         lines += ["", f"FID: {counts['drawn']} pictures against {counts['data']}; {resize}"]
     if record.sweep:
-        lines += ["", "scale  CLIP-I" + ("  CLIP-T" if record.sweep.clip_t else "")]
-        columns = [record.sweep.scales, record.sweep.clip_i, record.sweep.clip_t or []]
-        for scale, *cosines in zip(*filter(None, columns), strict=True):
-            lines.append(f"{scale:<5g}" + "".join(f"  {cosine:.3f} " for cosine in cosines))
+        sweep = record.sweep
+        lines += ["", f"scale sweep, the first {sweep.images} image prompts, pictures of each: {sweep.samples}"]
+        for number, scale in enumerate(sweep.scales):
+            clip_t = f"  CLIP-T {_text(sweep.clip_t[number])}" if sweep.clip_t else ""
+            lines.append(f"  {scale:<5g}  CLIP-I {_text(sweep.clip_i[number])}{clip_t}")
     if record.not_measured:
         lines += ["", *(f"not measured: {one.name}: {one.reason}" for one in record.not_measured)]
     return "\n".join(lines)
@@ -166,8 +175,8 @@ def _figures(arm: Quality) -> list[str]:
         lines.append(f"  CLIP-T  {_text(arm.clip_t)}  ({scaled})")
     lines += [f"  DINO    {_text(arm.dino)}"] if arm.dino else []
     lines += [f"  FID     {_text(arm.fid, 1)}"] if arm.fid else []
-    lines += ["  " + ", ".join(f"{name} {rate:.0%}" for name, rate in arm.rates.items())] if arm.rates else []
-    return [*lines, f"  {arm.seconds_per_image:.2f} s per image"]
+    lines += [f"  {name} as asked for  {_text(rate)}" for name, rate in arm.rates.items()]
+    return lines
 
 
 def _text(figure: Interval, digits: int = 3) -> str:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ipa.benchmarks.quality_models import torch_device
+from ipa.engines.bundle import hash_file
 from ipa.engines.errors import IpaError, first_line
 from ipa.runtime.image_files import open_image
 
@@ -58,30 +60,48 @@ class Lpips:
             self._features.load_state_dict({name.removeprefix("features."): w for name, w in convolutions.items()})
         except (RuntimeError, AttributeError, TypeError) as error:
             raise IpaError(f"--lpips {file}: has not AlexNet's convolutions as torchvision names them") from error
-        torchmetrics = find_spec("torchmetrics")  # looked for, not imported: see `inception_obstacle`
-        assert torchmetrics is not None and torchmetrics.origin is not None
-        linear = _read(Path(torchmetrics.origin).parent / "functional" / "image" / "lpips_models" / "alex.pth")
-        self._weights = [linear[f"lin{index}.model.1.weight"] for index in range(len(_LAYERS))]
-        self.title = str(file)
+        self._device = torch_device()
+        self._features.to(self._device)
+        self._weights = [weight.to(self._device) for weight in _linear()]
+        self.title, self.sha256 = str(file), hash_file(file)
 
     @torch.inference_mode()
     def __call__(self, first: Path, second: Path) -> float:
         """Of two pictures of one size; 0: they look the same."""
-        total = torch.zeros(())
+        total = torch.zeros((), device=self._device)
         for one, other, weight in zip(self._seen(first), self._seen(second), self._weights, strict=True):
             total += nn.functional.conv2d((one - other) ** 2, weight).mean()
         return float(total)
 
     def _seen(self, file: Path) -> list[Tensor]:
         """Unit vectors at every place of every layer."""
-        pixels = torch.from_numpy(np.array(open_image(file))).permute(2, 0, 1)[None].float() / 127.5 - 1
-        shift, scale = (torch.tensor(values).view(1, 3, 1, 1) for values in (_SHIFT, _SCALE))
+        image = torch.from_numpy(np.array(open_image(file))).to(self._device)
+        pixels = image.permute(2, 0, 1)[None].float() / 127.5 - 1
+        shift, scale = (torch.tensor(values, device=self._device).view(1, 3, 1, 1) for values in (_SHIFT, _SCALE))
         hidden, seen = (pixels - shift) / scale, []
         for index, layer in enumerate(self._features):
             hidden = layer(hidden)
             if index in _LAYERS:
                 seen.append(hidden / torch.sqrt(_SMALL + (hidden**2).sum(dim=1, keepdim=True)))
         return seen
+
+
+def _linear() -> list[Tensor]:
+    """The weights of the distance, a layer each, from torchmetrics' files.
+
+    It is looked for, not imported: see `inception_obstacle`.
+    """
+    found = find_spec("torchmetrics")
+    if found is None or found.origin is None:
+        raise IpaError(
+            "--lpips needs torchmetrics, which brings the weights of the distance: `pip install torchmetrics`"
+        )
+    file = Path(found.origin).parent / "functional" / "image" / "lpips_models" / "alex.pth"
+    state = _read(file)
+    try:
+        return [state[f"lin{index}.model.1.weight"] for index in range(len(_LAYERS))]
+    except (KeyError, TypeError) as error:
+        raise IpaError(f"--lpips: {file} has not the weights of the distance; install torchmetrics again") from error
 
 
 def _read(file: Path) -> Any:

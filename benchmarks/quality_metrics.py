@@ -5,6 +5,7 @@ Samples of one image prompt are alike, so the image prompts are what is resample
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,31 +14,46 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 from ipa.benchmarks.intervals import Interval, bootstrap
 from ipa.benchmarks.quality_models import Vector
 
 FID_RESAMPLES = 10
+STUDENT_T = 2.262  # of FID_RESAMPLES - 1 degrees of freedom: 95 % lie within
 FID_INTERVAL = (
-    f"1.96 standard errors of {FID_RESAMPLES} resamples of the image prompts; not percentiles: fewer distinct pictures "
-    "raise FID itself"
+    f"{STUDENT_T:.2f} standard errors (Student's t) of {FID_RESAMPLES} resamples of the image prompts; not "
+    "percentiles: fewer distinct pictures raise FID itself"
 )
-EQUAL_PSNR = 100.0  # of equal pictures, whose PSNR is infinite
 
 
-def similarity(pictures: Sequence[Sequence[Vector]], others: Sequence[Vector]) -> Interval:
-    """The mean cosine of pictures and what they should be like.
+def cosines(pictures: Sequence[Sequence[Vector]], others: Sequence[Vector]) -> list[float]:
+    """How like pictures are what they should be like: each image prompt's mean cosine.
 
     Args:
         pictures: vectors of each image prompt's samples.
         others: one vector for each image prompt.
     """
-    return mean_of_means([[cosine(one, o) for one in samples] for samples, o in zip(pictures, others, strict=True)])
+    return [
+        float(np.mean([cosine(one, other) for one in samples])) for samples, other in zip(pictures, others, strict=True)
+    ]
+
+
+def similarity(pictures: Sequence[Sequence[Vector]], others: Sequence[Vector]) -> Interval:
+    """The mean of `cosines`."""
+    return bootstrap(cosines(pictures, others), np.mean)
 
 
 def mean_of_means(values: Sequence[Sequence[float]]) -> Interval:
     """Over image prompts, of each one's samples."""
     return bootstrap([float(np.mean(samples)) for samples in values], np.mean)
+
+
+def median_of_medians(values: Sequence[Sequence[float]]) -> Interval | None:
+    """Over image prompts, of each one's finite samples; `None` without any."""
+    finite = [[value for value in samples if math.isfinite(value)] for samples in values]
+    medians = [float(np.median(samples)) for samples in finite if samples]
+    return bootstrap(medians, np.median) if medians else None
 
 
 def cosine(first: Vector, second: Vector) -> float:
@@ -56,8 +72,9 @@ def fid(pictures: Sequence[Sequence[Vector]], real: Sequence[Vector], seed: int 
     drawn, shown = np.stack([np.stack(samples) for samples in pictures]), np.stack(real)
     value = frechet_distance(shown, drawn.reshape(-1, drawn.shape[-1]))
     chosen = np.random.default_rng(seed).integers(len(shown), size=(FID_RESAMPLES, len(shown)))
-    again = [frechet_distance(shown[index], drawn[index].reshape(-1, drawn.shape[-1])) for index in chosen]
-    error = 1.96 * float(np.std(again, ddof=1))
+    bar = tqdm(chosen, "FID of resamples", disable=None, leave=False)
+    again = [frechet_distance(shown[index], drawn[index].reshape(-1, drawn.shape[-1])) for index in bar]
+    error = STUDENT_T * float(np.std(again, ddof=1))
     return Interval(value, value - error, value + error, len(shown))
 
 
@@ -84,8 +101,8 @@ def frechet_distance(real: NDArray[np.float32], drawn: NDArray[np.float32]) -> f
 
 
 def psnr(first: Path, second: Path) -> float:
-    """Peak signal-to-noise ratio of two 8-bit pictures of one size, decibels."""
+    """Peak signal-to-noise ratio of two 8-bit pictures of one size, decibels; of equal ones infinite."""
     with Image.open(first) as one, Image.open(second) as other:
         a, b = (np.asarray(image.convert("RGB"), np.int32) for image in (one, other))
     error = float(np.mean((a - b) ** 2))
-    return EQUAL_PSNR if error == 0 else min(EQUAL_PSNR, 10 * float(np.log10(255**2 / error)))
+    return math.inf if error == 0 else 10 * float(np.log10(255**2 / error))

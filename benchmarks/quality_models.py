@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from ipa.benchmarks.quality_keys import files_sha256
 from ipa.engines.bundle import hash_file
 from ipa.engines.errors import IpaError, first_line
 from ipa.runtime.image_prompt import ImagePrompt
@@ -55,19 +55,21 @@ class Clip:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises anything
             raise IpaError(f"--clip {folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
-        self.title, self.sha256 = str(folder), _folder_sha256(folder)
+        self.title, self.sha256 = str(folder), _model_sha256(folder)
         self._tokens = self._model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
     def image(self, image: Image.Image) -> Vector:
         """The class token, projected."""
-        pixels = self._processor(image, return_tensors="pt")["pixel_values"].to(_device())
+        pixels = self._processor(image, return_tensors="pt")["pixel_values"].to(torch_device())
         return _vector(self._model.visual_projection(self._model.vision_model(pixels).pooler_output))
 
     @torch.inference_mode()
     def text(self, text: str) -> Vector:
         """The end token, projected; a text that is longer than the model takes is cut."""
-        tokens = self._tokenizer([text], truncation=True, max_length=self._tokens, return_tensors="pt").to(_device())
+        tokens = self._tokenizer([text], truncation=True, max_length=self._tokens, return_tensors="pt").to(
+            torch_device()
+        )
         return _vector(self._model.text_projection(self._model.text_model(**tokens).pooler_output))
 
 
@@ -106,12 +108,12 @@ class Dino:
         from transformers import AutoModel
 
         self._model, self._processor = _load("--dino", folder, AutoModel, _DINO_TYPES)
-        self.title, self.sha256 = str(folder), _folder_sha256(folder)
+        self.title, self.sha256 = str(folder), _model_sha256(folder)
 
     @torch.inference_mode()
     def image(self, image: Image.Image) -> Vector:
         """The class token."""
-        pixels = self._processor(image, return_tensors="pt")["pixel_values"].to(_device())
+        pixels = self._processor(image, return_tensors="pt")["pixel_values"].to(torch_device())
         return _vector(self._model(pixels).last_hidden_state[:, 0])
 
 
@@ -134,14 +136,14 @@ class Inception:
             metric = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(file))
         except Exception as error:  # torch raises anything on files of another kind
             raise IpaError(f"--inception {file}: cannot be loaded: {first_line(error)}") from error
-        self._network = metric.inception.to(_device())
+        self._network = metric.inception.to(torch_device())
         self.title, self.sha256 = str(file), hash_file(file)
 
     @torch.inference_mode()
     def image(self, image: Image.Image) -> Vector:
         """(2048,), the last pooling."""
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-        return _vector(self._network(pixels.to(_device())))
+        return _vector(self._network(pixels.to(torch_device())))
 
 
 def inception_obstacle() -> str:
@@ -174,17 +176,19 @@ def _load(option: str, folder: Path, cls: Any, types: tuple[str, ...]) -> tuple[
     if found not in types:
         raise IpaError(f"{option} {folder}: its config.json says model_type {found!r}, expected {' or '.join(types)}")
     try:
-        model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        # In float32 whatever the file holds: by itself, transformers 5 computes in the dtype that it was saved in.
+        model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype=torch.float32)
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     except Exception as error:  # transformers raises anything, of a missing file up to a wrong shape
         raise IpaError(f"{option} {folder}: transformers cannot load it: {first_line(error)}") from error
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise IpaError(f"{option} {folder}: {len(missing)} weights are missing, such as {missing[0]}; copy it again")
-    return model.eval().to(_device()), processor
+    return model.eval().to(torch_device()), processor
 
 
-def _device() -> torch.device:
+def torch_device() -> torch.device:
+    """Where judges compute: the GPU, if PyTorch has one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -192,6 +196,5 @@ def _vector(batch: torch.Tensor) -> Vector:
     return np.asarray(batch[0].float().cpu().numpy())
 
 
-def _folder_sha256(folder: Path) -> str:
-    files = sorted(file for file in folder.iterdir() if file.suffix in _MODEL_FILES)
-    return hashlib.sha256("".join(f"{file.name} {hash_file(file)}\n" for file in files).encode()).hexdigest()
+def _model_sha256(folder: Path) -> str:
+    return files_sha256(folder, (file for file in folder.iterdir() if file.suffix in _MODEL_FILES))

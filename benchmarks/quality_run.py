@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,14 +17,15 @@ from ipa.benchmarks.origin import origin
 from ipa.benchmarks.quality_arms import BASE, ENGINE, SHARED, SWEEP, TORCH, Arms, Settings, TorchModel, TorchPainter
 from ipa.benchmarks.quality_data import Data, Item, read_data
 from ipa.benchmarks.quality_lpips import Lpips
-from ipa.benchmarks.quality_measure import DEMO, Eyes, difference, open_eyes, quality
+from ipa.benchmarks.quality_measure import DEMO, Eyes, difference, gaps, open_eyes, quality
 from ipa.benchmarks.quality_metrics import FID_INTERVAL, similarity
 from ipa.benchmarks.quality_models import Inception
-from ipa.benchmarks.quality_pictures import ArmFolder, Drawn, remove_arms
+from ipa.benchmarks.quality_pictures import SETTINGS_FILE, ArmFolder, Drawn, remove_arms
 from ipa.benchmarks.quality_sheets import Row, contact_sheet, save_sheet
 from ipa.benchmarks.records import NotMeasured, QualityRecord, Sweep, write_record
 from ipa.engines.bundle import Bundle
 from ipa.engines.errors import IpaError, first_line
+from ipa.engines.registry import backend_named
 from ipa.runtime.demo import demo_bundle
 from ipa.runtime.image_files import open_image
 from ipa.runtime.pipeline import Pipeline
@@ -84,12 +86,15 @@ def run_quality(options: Options, report: Callable[[str], None]) -> QualityRecor
         folders = _folders(arms, painter, options.sweep)
         drawn, failed = _draw(arms, folders, painter)
         missing += [*failed, *_not_measured(options, drawn, eyes, data)]
-        figures = [quality(name, TITLES[name], one, data, eyes) for name, one in drawn.items()]
+        measured = {name: quality(name, TITLES[name], one, data, eyes) for name, one in drawn.items()}
+        apart = [gap for name in (BASE, TORCH) if name in measured for gap in gaps(measured[ENGINE], measured[name])]
         differences = [difference(ENGINE, TORCH, drawn[ENGINE], drawn[TORCH], lpips)] if TORCH in drawn else []
         sweep = _sweep(arms, folders, eyes, options) if options.sweep else None
         _write_sheet(data, {TITLES[name]: one for name, one in drawn.items()}, options.output / SHEET_FILE)
-        setting = _setting(options, data, arms, pipe, eyes, painter if TORCH in drawn else None)
-    record = QualityRecord(origin(), setting, figures, differences, sweep, missing)
+        setting = _setting(options, data, arms, pipe, eyes, lpips)
+        setting |= _torch_setting(painter.model, folders[TORCH]) if painter and TORCH in drawn else {}
+    figures = [one.figures for one in measured.values()]
+    record = QualityRecord(origin(), setting, figures, apart, differences, sweep, missing)
     write_record(record, options.output / RECORD_FILE)
     return record
 
@@ -167,17 +172,19 @@ def _draw(
 def _sweep(arms: Arms, folders: Mapping[str, ArmFolder], eyes: Eyes, options: Options) -> Sweep:
     """The first image prompts at several scales."""
     scales, clip_i, clip_t, columns = [], [], [], {}
-    items = [job.item for job in arms.sweep_jobs(0)]
+    jobs = arms.sweep_jobs(0)
+    items = [job.item for job in jobs]
     for name, scale in _sweep_names(options.sweep).items():
         drawn = arms.draw_engine(folders[name], arms.sweep_jobs(scale))
         seen = [[eyes.clip.picture(file) for file in files] for files in drawn.files]
         scales.append(scale)
-        clip_i.append(similarity(seen, [eyes.clip.reference(item) for item in items]).value)
+        clip_i.append(similarity(seen, [eyes.clip.reference(item) for item in items]))
         if eyes.has_text:
-            clip_t.append(similarity(seen, [eyes.clip.text(item.text) for item in items]).value)
+            clip_t.append(similarity(seen, [eyes.clip.text(item.text) for item in items]))
         columns[f"scale {scale:g}"] = _opened(drawn)
     save_sheet(contact_sheet(_rows(items), columns), options.output / SWEEP_FILE)
-    return Sweep(scales, clip_i, clip_t if eyes.has_text else None, SWEEP_FILE)
+    samples = jobs[0].request.num_images
+    return Sweep(len(items), samples, scales, clip_i, clip_t if eyes.has_text else None, SWEEP_FILE)
 
 
 def _write_sheet(data: Data, arms: Mapping[str, Drawn], file: Path) -> None:
@@ -206,13 +213,28 @@ def _not_measured(options: Options, drawn: Mapping[str, Drawn], eyes: Eyes, data
     return missing
 
 
+def _torch_setting(model: TorchModel, folder: ArmFolder) -> dict[str, Any]:
+    """What PyTorch drew with, with the sums that its folder was checked by: to hash gigabytes again takes a while."""
+    kept = json.loads((folder.folder / SETTINGS_FILE).read_text("utf-8"))
+    found = {
+        "torch": " ".join(model.target),
+        "base": str(model.base),
+        "base_sha256": kept["base"],
+        "adapter": str(model.adapter),
+        "adapter_sha256": kept["adapter"],
+    }
+    if model.image_encoder is not None:
+        found |= {"image_encoder": str(model.image_encoder), "image_encoder_sha256": kept["image encoder"]}
+    return found
+
+
 def _setting(
-    options: Options, data: Data, arms: Arms, pipe: Pipeline, eyes: Eyes, painter: TorchPainter | None
+    options: Options, data: Data, arms: Arms, pipe: Pipeline, eyes: Eyes, lpips: Lpips | None
 ) -> dict[str, Any]:
     request, samples = arms.request, options.settings.samples
     setting = {
         "bundle": DEMO if options.bundle is None else str(options.bundle),
-        "unet_sha256": pipe.bundle.graph("unet").sha256,
+        "unet_files_sha256": pipe.bundle.graph("unet").sha256,
         "data": data.name,
         "data_layout": data.layout,
         "images": len(data.items),
@@ -221,7 +243,8 @@ def _setting(
         "is_image_only": options.settings.is_image_only,
         "seeds": "each image prompt's number in the data, from 0",
         "engine": pipe.engine,
-        "torch": " ".join(painter.model.target) if painter else None,
+        "engine_version": backend_named(pipe.engine).version,
+        "engine_dtype": pipe.component("unet").precision,
         "height": request.height,
         "width": request.width,
         "steps": request.num_inference_steps,
@@ -231,13 +254,17 @@ def _setting(
         "clip": eyes.clip.model.title,
         "clip_sha256": eyes.clip.model.sha256,
         "dino": eyes.dino.model.title if eyes.dino else None,
-        "lpips": None if options.lpips is None else f"AlexNet, {options.lpips}",
+        "dino_sha256": eyes.dino.model.sha256 if eyes.dino else None,
+        "lpips": f"AlexNet, {lpips.title}" if lpips else None,
+        "lpips_sha256": lpips.sha256 if lpips else None,
         "intervals": "95 %, image prompts resampled",
         "sheet": SHEET_FILE,
     }
     if eyes.inception:
         size = f"{request.width} x {request.height}"
         setting |= {
+            "inception": eyes.inception.model.title,
+            "inception_sha256": eyes.inception.model.sha256,
             "fid_implementation": "torchmetrics with torch-fidelity's Inception, 2048 features",
             "fid_resize": f"the data's pictures cropped and scaled to {size} (bicubic), then all {Inception.resize}",
             "fid_pictures": {"data": len(data.items), "drawn": len(data.items) * samples},

@@ -11,7 +11,8 @@ from ipa.benchmarks.intervals import Interval
 from ipa.engines.errors import IpaError
 from ipa.trainer.files import atomic_path
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = {"speed": 1, "quality": 2}
+DEEPEST = 30  # levels that are read: ours have fewer than 10, and what walks through hundreds may not return
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Quality:
             torchmetrics gives it; `None` with the demo's CLIP, whose text projection is not shipped.
         dino: cosine of DINO's embeddings of pictures and image prompts.
         fid: Fréchet distance of the pictures to the data's.
-        rates: shares that only the demo's judge can tell, such as `foreground colour`.
+        rates: shares of pictures with what was asked for, such as `shape`, that only the demo's judge can tell.
         seconds_per_image: the median. Arms draw one after the other; `ipa-bench speed` is what compares their speed.
     """
 
@@ -160,7 +161,7 @@ class Quality:
     clip_t: Interval | None
     dino: Interval | None
     fid: Interval | None
-    rates: dict[str, float]
+    rates: dict[str, Interval]
     seconds_per_image: float
 
 
@@ -170,16 +171,35 @@ class Difference:
 
     Attributes:
         first, second: names of the arms.
-        psnr: decibels, the mean over pictures; equal pictures count as 100.
-        lowest_psnr: of the picture that differs most.
-        lpips: perceptual distance, where weights were given.
+        equal: share of pictures that are equal, pixel by pixel; their PSNR is infinite.
+        psnr: of the others, decibels: the median over image prompts, of each the median of its samples; `None` where
+            all are equal.
+        lowest_psnr: of the pictures that differ most; `None` as for `psnr`.
+        lpips: perceptual distance, the mean over all pictures, where weights were given.
     """
 
     first: str
     second: str
-    psnr: Interval
-    lowest_psnr: float
+    equal: Interval
+    psnr: Interval | None
+    lowest_psnr: float | None
     lpips: Interval | None
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far two arms are apart in a measure, the pictures of one text and seed held against each other.
+
+    Attributes:
+        first, second: names of the arms.
+        measure: `clip_i`, `clip_t` or `dino`.
+        value: first minus second, the mean over image prompts.
+    """
+
+    first: str
+    second: str
+    measure: str
+    value: Interval
 
 
 @dataclass(frozen=True)
@@ -187,14 +207,18 @@ class Sweep:
     """The engine's pictures at several `ip_adapter_scale`s.
 
     Attributes:
+        images: how many image prompts were drawn at each scale, the data's first.
+        samples: pictures of each.
         scales: ascending.
-        clip_i, clip_t: means at each scale; `clip_t` as in `Quality`.
+        clip_i, clip_t: at each scale, as in `Quality`.
         sheet: file name of the contact sheet, beside the record.
     """
 
+    images: int
+    samples: int
     scales: list[float]
-    clip_i: list[float]
-    clip_t: list[float] | None
+    clip_i: list[Interval]
+    clip_t: list[Interval] | None
     sheet: str
 
 
@@ -205,11 +229,13 @@ class QualityRecord:
     Attributes:
         setting: `bundle`, `data`, `images`, `samples`, `engine`, `height`, `width`, `steps`, `scheduler`,
             `guidance_scale`, `ip_adapter_scale`, `clip`, and of the metrics what decides them, such as `fid_resize`.
+        gaps: the engine's to the base model, and to PyTorch.
     """
 
     origin: Origin
     setting: dict[str, Any]
     arms: list[Quality]
+    gaps: list[Gap] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     sweep: Sweep | None = None
     not_measured: list[NotMeasured] = field(default_factory=list)
@@ -222,7 +248,8 @@ _KINDS: dict[str, type[SpeedRecord] | type[QualityRecord]] = {"speed": SpeedReco
 def write_record(record: Record, file: Path) -> None:
     """Write a record whole or not at all; its kind and format version stand first."""
     kind = next(kind for kind, made in _KINDS.items() if isinstance(record, made))
-    text = json.dumps({"kind": kind, "format_version": FORMAT_VERSION, **asdict(record)}, indent=1, ensure_ascii=False)
+    head = {"kind": kind, "format_version": FORMAT_VERSIONS[kind]}
+    text = json.dumps(head | asdict(record), indent=1, ensure_ascii=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as temporary:
         temporary.write_text(text + "\n", "utf-8")
@@ -232,19 +259,21 @@ def read_record(file: Path) -> Record | None:
     """A record, checked; `None`: the file is JSON, but none of ours.
 
     Raises:
-        IpaError: the file cannot be read, is of a newer format or lacks something.
+        IpaError: the file cannot be read, is of another format or lacks something.
     """
     from pydantic import TypeAdapter, ValidationError
 
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IpaError(f"{file} cannot be read as a record: {error}; run `ipa-bench` again") from error
     if not isinstance(content, dict) or content.get("kind") not in _KINDS:
         return None
+    if _depth(content) > DEEPEST:
+        raise IpaError(f"{file} is nested too deeply for a record; run `ipa-bench {content['kind']}` again")
     kind, version = content.pop("kind"), content.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise IpaError(f"{file} is of format {version!r}, this is {FORMAT_VERSION}; run `ipa-bench {kind}` again")
+    if version != (known := FORMAT_VERSIONS[kind]):
+        raise IpaError(f"{file} is of format {version!r}, this is {known}; run `ipa-bench {kind}` again")
     adapter: TypeAdapter[Any] = TypeAdapter(_KINDS[kind])
     try:
         record: Record = adapter.validate_python(content)
@@ -253,3 +282,12 @@ def read_record(file: Path) -> Record | None:
         where = ".".join(map(str, first["loc"]))
         raise IpaError(f"{file}: '{where}': {first['msg']}; run `ipa-bench {kind}` again") from error
     return record
+
+
+def _depth(content: Any) -> int:
+    """How many levels of lists and objects there are, without recursion."""
+    depth, level = 0, [content]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    return depth

@@ -32,12 +32,25 @@ def spread(interval: Interval, against: float | None = None) -> str:
     Args:
         against: what the interval may cover: an end beside it gets as many decimals as it takes not to look like it.
     """
-    decimals = max(_decimals(interval.value or interval.high or interval.low, 3), 0)
     ends = (interval.low, interval.high)
+    decimals = _decimals(interval.value or interval.high or interval.low, 3)
+    if width := abs(interval.high - interval.low):  # of a value near 0, no digits that its interval makes idle
+        decimals = min(decimals, _decimals(width, 3))
+    decimals = max(decimals, 0)
     while decimals < MOST_DECIMALS and any(end != against and round(end, decimals) == against for end in ends):
         decimals += 1
     value, low, high = (f"{number:,.{decimals}f}" for number in (interval.value, *ends))
     return f"{value} (measured once)" if interval.count == 1 and low == high else f"{value} ({low} to {high})"
+
+
+def signed(interval: Interval) -> str:
+    """A difference with its interval: `+0.260 (+0.240 to +0.281)`; an end beside 0 does not look like it."""
+    parts = (interval.value, interval.low, interval.high)
+    decimals = min(max(_decimals(max(parts, key=abs), 3), 0), MOST_DECIMALS)
+    while decimals < MOST_DECIMALS and any(part and not round(part, decimals) for part in parts[1:]):
+        decimals += 1
+    value, low, high = (f"{part:+z,.{decimals}f}" if round(part, decimals) else f"{0:.{decimals}f}" for part in parts)
+    return f"{value} (one pair)" if interval.count == 1 else f"{value} ({low} to {high})"
 
 
 def scaled(interval: Interval, factor: float) -> Interval:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ipa.benchmarks.records import QualityRecord, Record, SpeedRecord, read_record
 from ipa.benchmarks.report_parts import Picture, Section
+from ipa.benchmarks.report_plots import sweep_size
 from ipa.benchmarks.report_quality import quality_section
 from ipa.benchmarks.report_speed import speed_section
 from ipa.benchmarks.report_terms import terms
@@ -164,7 +165,8 @@ def _sheets(file: Path, record: QualityRecord, anchor: str) -> list[Picture]:
         caption = "Contact sheet: texts, image prompts, and what each arm drew of them from the same seeds."
         found.append(_sheet(file, str(sheet), f"{anchor}-arms-sheet", caption))
     if record.sweep:
-        caption = "Contact sheet of the scale sweep: the engine's pictures at each ip_adapter_scale."
+        caption = "Contact sheet of the scale sweep: the engine's pictures at each ip_adapter_scale; "
+        caption += f"{sweep_size(record.sweep)}."
         found.append(_sheet(file, record.sweep.sheet, f"{anchor}-sweep-sheet", caption))
     return found
 

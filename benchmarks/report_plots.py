@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -172,14 +173,23 @@ def plot_sweep(name: str, sweep: Sweep) -> Picture:
     def paint(drawn: Figure) -> None:
         parts = drawn.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
         for part, colour, (values, label) in zip(parts, COLOURS, rows, strict=False):
-            part.plot(sweep.scales, values, color=colour, marker="o", markersize=4)
+            means = [value.value for value in values]
+            ends = np.hstack([_ends(value) for value in values])
+            part.errorbar(sweep.scales, means, yerr=ends, color=colour, marker="o", markersize=4, capsize=3)
             part.margins(y=0.15)
             part.set_ylabel(label)
             part.grid()
         parts[-1].set_xlabel("ip_adapter_scale")
 
-    caption = f"{' and '.join(label.partition(',')[0] for _, label in rows)} over the scale: means over pictures."
+    measures = " and ".join(label.partition(",")[0] for _, label in rows)
+    caption = f"{measures} over the scale, with 95 % intervals: {sweep_size(sweep)}."
     return _draw(name, caption, 5 * len(rows), paint)
+
+
+def sweep_size(sweep: Sweep) -> str:
+    """What its figures are of, in words."""
+    prompts = "the first image prompt" if sweep.images == 1 else f"the first {sweep.images} image prompts"
+    return f"{prompts}, pictures of each: {sweep.samples}"
 
 
 def _draw(name: str, caption: str, rows: float, paint: Callable[[Figure], None]) -> Picture:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from ipa.benchmarks.report_parts import Section, Term
 
+_UNIT = "Image prompts"
 _ALWAYS = [
     Term(
         "Interval",
-        "A figure is followed by its 95 % bootstrap interval, as in 1.50 (1.46 to 1.55): its measurements are "
-        "drawn again 10,000 times, and 95 % of what that gives lies in it. It covers what varied within the run, not "
-        "a change of machine or version.",
+        "A figure is followed by its 95 % interval, as in 1.50 (1.46 to 1.55). Where its own entry here says nothing "
+        "else it is a bootstrap interval: the measurements are drawn again 10,000 times, and 95 % of what that gives "
+        "lies in it. It covers what varied within the run, not a change of machine or version.",
     ),
 ]
 _SPEED = [
@@ -60,6 +61,18 @@ _SPEED = [
     ),
 ]
 _QUALITY = [
+    Term(
+        _UNIT,
+        "Pictures of one image prompt are alike, so intervals of quality draw image prompts again, not pictures; "
+        "where one image prompt was drawn there is no interval.",
+    ),
+    Term(
+        "Paired differences",
+        "One arm's figure minus another's of the same image prompt and seeds; the mean, with the interval of "
+        "these differences. Arms share their image prompts, so whether their own intervals overlap says little: most "
+        "of what those span is how image prompts differ. If the interval covers 0, this run could tell no difference; "
+        "that is not a proof that there is none.",
+    ),
     Term("CLIP-I", "Cosine of the CLIP embeddings of a picture and of its image prompt; the mean over pictures."),
     Term(
         "CLIP-T",
@@ -71,14 +84,25 @@ _QUALITY = [
     Term(
         "FID",
         "Fréchet distance of the pictures' Inception features to the data's; lower is closer. It depends on the "
-        "number of pictures and on how they were resized, so compare it only where both are equal.",
+        "number of pictures and on how they were resized, so compare it only where both are equal. Its interval is "
+        "the figure and 2.26 standard errors to each side (Student's t, 9 degrees of freedom), the error from 10 draws "
+        "of the image prompts. Percentiles of such draws would be too high: fewer distinct pictures raise FID itself.",
     ),
     Term(
         "PSNR",
-        "Peak signal-to-noise ratio between two arms' pictures of the same seed, in decibels; higher is closer, "
-        "equal pictures count as 100 dB.",
+        "Peak signal-to-noise ratio between two arms' pictures of the same seed, in decibels; higher is closer. That "
+        "of equal pictures is infinite: they are counted apart, and the median is of the others (of each image prompt "
+        "its samples' median, then over image prompts).",
     ),
     Term("LPIPS", "Perceptual distance between two arms' pictures of the same seed; lower is closer."),
+    Term(
+        "Rates",
+        "Of the demo's pictures alone. The text names a shape; the image prompt shows another shape, in the colours "
+        "and the texture that are wanted. Shape: the share of pictures whose shape is the text's. Texture, foreground "
+        "and background colour: the share whose texture or colour is the image prompt's. Colours are read off the "
+        "pixels; shape and texture are what the judge sees, a small network that was trained apart from the model. "
+        "Where all pictures are hits, or none is, the interval has no width although more pictures might differ.",
+    ),
 ]
 
 
@@ -87,5 +111,6 @@ def terms(sections: Sequence[Section]) -> list[Term]:
     shown = list(_ALWAYS)
     shown += _SPEED if any(section.kind == "speed" for section in sections) else []
     quality = [section for section in sections if section.kind == "quality"]
-    words = " ".join(column for section in quality for table in section.tables for column in table.columns)
-    return shown + [term for term in _QUALITY if term.name in words]
+    tables = [table for section in quality for table in section.tables]
+    words = " ".join(text for table in tables for text in (table.title, *table.columns))
+    return shown + [term for term in _QUALITY if term.name in words or (quality and term.name == _UNIT)]

@@ -11,6 +11,7 @@ from PIL import Image
 from ipa.benchmarks.intervals import Interval
 from ipa.benchmarks.records import (
     Difference,
+    Gap,
     NotMeasured,
     Origin,
     Overhead,
@@ -83,7 +84,7 @@ ARMS = [
         Interval(0.254, 0.248, 0.258, 64),
         Interval(0.611, 0.595, 0.633, 64),
         Interval(23.4, 22.7, 24.3, 64),
-        {"foreground colour": 0.953},
+        {"foreground colour": Interval(0.953, 0.906, 0.984, 64)},
         0.412,
     ),
     Quality("torch-eager", "diffusers", Interval(0.813, 0.802, 0.824, 64), None, None, None, {}, 0.702),
@@ -100,8 +101,23 @@ FULL_QUALITY = QualityRecord(
         "fid_resize": "299x299, bicubic",
     },
     ARMS,
-    [Difference("engine", "torch-eager", Interval(45.2, 44.1, 46.3, 64), 38.8, Interval(0.021, 0.019, 0.024, 64))],
-    Sweep([0.0, 0.25, 1.0], [0.552, 0.667, 0.812], [0.281, 0.272, 0.254], "sweep.png"),
+    [
+        Gap("engine", "base", "clip_i", Interval(0.26, 0.243, 0.2778, 64)),
+        Gap("engine", "torch-eager", "clip_i", Interval(-0.001, -0.0021, 0.0004, 64)),
+        Gap("engine", "base", "clip_t", Interval(-0.0271, -0.0313, -0.0229, 64)),
+    ],
+    [
+        Difference(
+            *("engine", "torch-eager", Interval(0.125, 0.0625, 0.1875, 64), Interval(45.2, 44.1, 46.3, 60), 38.8),
+            Interval(0.021, 0.019, 0.024, 64),
+        )
+    ],
+    Sweep(
+        *(8, 1, [0.0, 0.25, 1.0]),
+        [Interval(0.552, 0.521, 0.584, 8), Interval(0.667, 0.641, 0.688, 8), Interval(0.812, 0.793, 0.833, 8)],
+        [Interval(0.281, 0.262, 0.301, 8), Interval(0.272, 0.251, 0.291, 8), Interval(0.254, 0.233, 0.274, 8)],
+        "sweep.png",
+    ),
     [NotMeasured("DINO of base", "no --dino DIR")],
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -13,12 +14,12 @@ import torchmetrics.image.fid
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_eyes import Extractor, picture, stand_in_for_inception, tiny_clip, tiny_dino
-from transformers import CLIPImageProcessorPil, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from ipa.benchmarks import quality_models
+from ipa.benchmarks import quality_lpips, quality_models
 from ipa.benchmarks.quality_eye import Eye
 from ipa.benchmarks.quality_lpips import Lpips, alexnet_features
-from ipa.benchmarks.quality_metrics import EQUAL_PSNR, cosine, fid, frechet_distance, psnr, similarity
+from ipa.benchmarks.quality_metrics import cosine, fid, frechet_distance, median_of_medians, psnr, similarity
 from ipa.benchmarks.quality_models import Clip, Dino, Inception, inception_obstacle
 from ipa.engines.errors import IpaError
 
@@ -49,6 +50,15 @@ def test_dino_is_the_class_token(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(pixels).last_hidden_state[0, 0].numpy()
     np.testing.assert_allclose(Dino(tmp_path).image(picture(0)), expected, atol=1e-5)
+
+
+def test_weights_in_half_precision_are_computed_with_in_float32(tmp_path: Path) -> None:
+    tiny_clip(tmp_path).half().save_pretrained(tmp_path)
+    model = CLIPModel.from_pretrained(tmp_path, dtype=torch.float32)
+    pixels = CLIPImageProcessorPil.from_pretrained(tmp_path)([picture(0)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model.visual_projection(model.vision_model(pixels).pooler_output)[0].numpy()
+    np.testing.assert_allclose(Clip(tmp_path).image(picture(0)), expected, rtol=0, atol=1e-6)  # float16 is 1e-3 off
 
 
 def test_models_of_another_kind_or_without_weights_are_refused(tmp_path: Path) -> None:
@@ -141,7 +151,13 @@ def test_psnr(tmp_path: Path) -> None:
     for name, pixels in (("a", grey), ("b", grey + np.uint8(10)), ("c", grey.copy())):
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     assert psnr(tmp_path / "a.png", tmp_path / "b.png") == pytest.approx(20 * np.log10(255 / 10))
-    assert psnr(tmp_path / "a.png", tmp_path / "c.png") == EQUAL_PSNR
+    assert psnr(tmp_path / "a.png", tmp_path / "c.png") == math.inf
+
+
+def test_equal_pictures_do_not_count_for_the_median() -> None:
+    found = median_of_medians([[40.0, math.inf], [50.0, 30.0], [math.inf, math.inf], [70.0, 60.0]])
+    assert found is not None and (found.value, found.count) == (40.0, 3)
+    assert median_of_medians([[math.inf], [math.inf]]) is None
 
 
 def test_lpips_is_torchmetrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +181,9 @@ def test_lpips_is_torchmetrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name, message in (("other", "has not AlexNet's convolutions"), ("broken", "cannot be read as weights")):
         with pytest.raises(IpaError, match=message):
             Lpips(tmp_path / f"{name}.pth")
+    monkeypatch.setattr(quality_lpips, "find_spec", lambda name: None)
+    with pytest.raises(IpaError, match=r"--lpips needs torchmetrics.*`pip install torchmetrics`"):
+        Lpips(tmp_path / "alexnet.pth")
 
 
 def test_an_eye_looks_once(tmp_path: Path) -> None:

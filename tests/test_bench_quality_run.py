@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from ipa.benchmarks.diffusers_pipeline import DiffusersPipeline
 from ipa.benchmarks.quality_lpips import alexnet_features
 from ipa.benchmarks.quality_metrics import psnr
 from ipa.benchmarks.records import QualityRecord, read_record
-from ipa.engines.bundle import Bundle
+from ipa.engines.bundle import Bundle, hash_file
 from ipa.engines.errors import IpaError
 from ipa.engines.manifest import LoraRecord, SourceRecord
 from ipa.runtime.image_files import open_image
@@ -91,10 +92,17 @@ def test_engine_pytorch_and_base(
     engine, theirs, base = found.arms
     assert [arm.name for arm in found.arms] == ["engine", "torch-eager", "base"]
     (difference,) = found.differences
-    assert difference.lowest_psnr > 45  # float32 on both sides: neighbours in rounding at most
+    # float32 on both sides: neighbours in rounding at most
+    assert difference.lowest_psnr is None or difference.lowest_psnr > 45
+    assert (difference.lowest_psnr is None) == (difference.psnr is None) == (difference.equal.value == 1)
+    gaps = {(gap.second, gap.measure): gap.value for gap in found.gaps}
+    assert set(gaps) == {(arm, name) for arm in ("base", "torch-eager") for name in ("clip_i", "clip_t", "dino")}
     for name in ("clip_i", "clip_t", "dino"):
         ours = getattr(engine, name)
         assert ours.value == pytest.approx(getattr(theirs, name).value, abs=2e-3)
+        for arm in (theirs, base):  # the mean of differences is the difference of means, its interval is its own
+            assert gaps[arm.name, name].value == pytest.approx(ours.value - getattr(arm, name).value, abs=1e-12)
+            assert gaps[arm.name, name].count == 3
         assert ours.value != getattr(base, name).value and ours.low <= ours.value <= ours.high and ours.count == 3
     assert found.setting["images"] == 3 and found.setting["samples"] == 2 and found.setting["scheduler"] == "pndm"
     # Scale 0 is the base model. Its one sample is the first of two by the same seed.
@@ -102,9 +110,19 @@ def test_engine_pytorch_and_base(
         zero, without = (tmp_path / "pictures" / part / f"{number:012}" for part in ("sweep/0", "base"))
         assert psnr(zero.with_suffix(".png"), without.with_name(f"{number:012}-0.png")) > 45
     assert found.sweep is not None and found.sweep.scales == [0, 1] and found.sweep.clip_i[0] != found.sweep.clip_i[1]
+    assert (found.sweep.images, found.sweep.samples, found.sweep.clip_i[0].count) == (3, 1, 3)
+    assert "scale sweep, the first 3 image prompts, pictures of each: 1" in result.output
     assert Image.open(tmp_path / "sheet.png").size == (110 + 4 * 134, 22 + 3 * 134)
     assert Image.open(tmp_path / found.sweep.sheet).size == (110 + 3 * 134, 22 + 3 * 134)
     assert found.not_measured == []
+    setting = found.setting
+    assert setting["engine_version"] == version("onnxruntime") and setting["engine_dtype"] == "float32"
+    assert setting["torch"] == "cpu float32" or torch.cuda.is_available()
+    assert (setting["base"], setting["adapter"]) == (str(tiny_base), str(tiny_adapter_file))
+    sums = {"adapter_sha256": tiny_adapter_file, "lpips_sha256": models["lpips"]}
+    sums["inception_sha256"] = Path(str(more[-1]))
+    assert {name: setting[name] for name in sums} == {name: hash_file(file) for name, file in sums.items()}
+    assert len({setting[name] for name in ("base_sha256", "clip_sha256", "dino_sha256", "unet_files_sha256")}) == 4
     assert difference.lpips is not None and 0 <= difference.lpips.value < 1e-3
     metric = torchmetrics.image.fid.FrechetInceptionDistance(Extractor())
     for number in (10, 11, 12):
@@ -240,7 +258,7 @@ def test_pytorch_that_fails_is_not_measured(
     assert [arm.name for arm in found.arms] == ["engine", "base"] and found.differences == []
     reasons = {row.name: row.reason for row in found.not_measured}
     assert reasons["torch-eager"] == "OutOfMemoryError while it drew: CUDA out of memory. Tried to allocate"
-    assert found.setting["torch"] is None
+    assert not {"torch", "base", "adapter", "image_encoder"} & set(found.setting)
 
 
 def test_what_a_base_folder_does_not_have_is_an_obstacle(tiny_bundle: Path) -> None:

@@ -16,13 +16,25 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from bench_records import ARMS, BASELINE, FULL_QUALITY, FULL_SPEED, HOSTILE, ORIGIN, SETTING, contender, speed, write
+from bench_records import (
+    ARMS,
+    BASELINE,
+    FULL_QUALITY,
+    FULL_SPEED,
+    HOSTILE,
+    MACHINE,
+    ORIGIN,
+    SETTING,
+    contender,
+    speed,
+    write,
+)
 from click.testing import CliRunner
 
 from ipa.benchmarks.cli import main
 from ipa.benchmarks.intervals import Interval
-from ipa.benchmarks.records import NotMeasured, QualityRecord, Sweep
-from ipa.benchmarks.report_numbers import figure, spread
+from ipa.benchmarks.records import Difference, Gap, NotMeasured, QualityRecord, Sweep
+from ipa.benchmarks.report_numbers import figure, signed, spread
 from ipa.benchmarks.report_pages import read_records, write_report
 
 # Of the two full records, as a reader wants them: from their numbers by hand.
@@ -44,8 +56,10 @@ SHOWN = [
     ),
     *("ipa-bench speed --output out", "ipa-bench quality --samples 4", "guidance scale 3.5", "speed.json"),
     *("0.812 (0.801 to 0.823)", "0.254 (0.248 to 0.258)", "0.635 (0.620 to 0.645)", "25.4 (24.8 to 25.8)"),
-    *("0.611 (0.595 to 0.633)", "23.4 (22.7 to 24.3)", "95.3 %", "0.412", "45.2 (44.1 to 46.3)", "38.8"),
-    *("0.0210 (0.0190 to 0.0240)", "0.667", "0.281", "0.272", "299x299, bicubic", "no --dino DIR"),
+    *("0.611 (0.595 to 0.633)", "23.4 (22.7 to 24.3)", "95.3 (90.6 to 98.4)", "45.2 (44.1 to 46.3)", "38.8"),
+    *("0.0210 (0.0190 to 0.0240)", "0.667 (0.641 to 0.688)", "0.281 (0.262 to 0.301)", "299x299, bicubic"),
+    *("no --dino DIR", "12.5 (6.2 to 18.8)", "+0.260 (+0.243 to +0.278)", "-0.00100 (-0.00210 to +0.00040)"),
+    *("-0.0271 (-0.0313 to -0.0229)", "engine minus base", "engine minus torch-eager"),
 ]
 SENTENCES = [
     "onnxruntime in bfloat16 is 1.50 times as fast as torch-eager in float32 (1.46 to 1.55).",
@@ -54,8 +68,15 @@ SENTENCES = [
     f"{HOSTILE} is 0.500 times as fast as torch-eager (0.480 to 0.520), which is slower.",
     "Null: torch-eager against itself came out at 1.00 (0.99 to 1.01), which covers 1, as it must.",
     "Warm-up did not settle for torch-compile:",
-    "With the image prompt, pictures are more like it than without, by 0.260 in CLIP-I; the intervals do not overlap.",
-    "Images per second are those of speed.json, joined by model, size, steps and scheduler",
+    "With the image prompt, pictures are more like it than without it: on the same seeds, CLIP-I differs by "
+    "+0.260 (+0.243 to +0.278) in the mean.",
+    "CLIP-I of engine and torch-eager differs by -0.00100 (-0.00210 to +0.00040) in the mean on the same seeds: "
+    "no difference that this run could tell.",
+    "Of the pictures that engine and torch-eager drew from the same seeds, 12.5 % are equal, pixel by pixel; the "
+    "others' PSNR is 45.2 (44.1 to 46.3) dB (the median; higher is closer), and of the two that differ most 38.8 dB.",
+    "Scale sweep of the engine: the first 8 image prompts, pictures of each: 1",
+    "CLIP-I and CLIP-T over the scale, with 95 % intervals: the first 8 image prompts, pictures of each: 1.",
+    "Images per second are those of speed.json, joined by model, task, size, steps, scheduler, guidance and machine",
 ]
 
 
@@ -183,7 +204,10 @@ def test_odd_records(tmp_path: Path) -> None:
         no_null=speed(BASELINE, contender("x", 1.0, Interval(2.0, 1.9, 2.1, 9)), null=None),
         none=speed(not_measured=[NotMeasured("torch-eager", "out of memory")]),
         quality=QualityRecord(
-            ORIGIN, {}, [replace(ARMS[2], name="engine")], sweep=Sweep([0.5], [0.7], None, "sweep.png")
+            ORIGIN,
+            {},
+            [replace(ARMS[2], name="engine")],
+            sweep=Sweep(1, 1, [0.5], [Interval(0.7, 0.7, 0.7, 1)], None, "sweep.png"),
         ),
     )
     for text in map(plain, pages(folder, tmp_path / "o")):
@@ -194,10 +218,60 @@ def test_odd_records(tmp_path: Path) -> None:
         assert not re.search(r"CLIP-T|DINO|FID|LPIPS|Build, s|device memory, MiB|\bNone\b|\bnan\b", text)
 
 
-def test_only_records_of_one_setting_are_joined(tmp_path: Path) -> None:
-    other = replace(FULL_SPEED, setting=SETTING | {"steps": 20})
-    _, page = pages(write(tmp_path / "r", speed=other, quality=FULL_QUALITY), tmp_path / "o")
+OTHERS = {
+    "steps": replace(FULL_SPEED, setting=SETTING | {"steps": 20}),
+    "task": replace(FULL_SPEED, setting=SETTING | {"task": "inpaint"}),
+    "no guidance": replace(FULL_SPEED, setting=SETTING | {"guidance_scale": 1.0}),
+    "no word of guidance": replace(FULL_SPEED, setting={k: v for k, v in SETTING.items() if k != "guidance_scale"}),
+    "processor": replace(FULL_SPEED, origin=replace(ORIGIN, machine=MACHINE | {"cpu": "another"})),
+    "GPU": replace(FULL_SPEED, origin=replace(ORIGIN, machine=MACHINE | {"gpu": "a GPU"})),
+    "broken null": replace(FULL_SPEED, null=Interval(1.04, 1.02, 1.06, 9)),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_speed_of_other_work_is_not_joined(case: str, tmp_path: Path) -> None:
+    _, page = pages(write(tmp_path / "r", speed=OTHERS[case], quality=FULL_QUALITY), tmp_path / "o")
     assert "joined by model" not in page
+
+
+def test_of_two_tasks_the_one_that_quality_drew_is_joined(tmp_path: Path) -> None:
+    guided = replace(FULL_SPEED, setting=SETTING | {"guidance_scale": 7.5})  # costs what 3.5 costs
+    records = {"speed_demo_img2img": replace(guided, setting=guided.setting | {"task": "img2img"})}
+    records["speed_demo_variation_72x64"] = guided
+    _, page = pages(write(tmp_path / "r", **records, quality=FULL_QUALITY), tmp_path / "o")
+    assert "Images per second are those of speed_demo_variation_72x64.json, joined" in page
+    assert "those of speed_demo_img2img.json" not in page
+
+
+def headlines(tmp_path: Path, gap: Interval, **setting: Any) -> str:
+    record = replace(
+        FULL_QUALITY, setting=FULL_QUALITY.setting | setting, gaps=[Gap("engine", "base", "clip_i", gap)], sweep=None
+    )
+    markdown, _ = pages(write(tmp_path / "r", quality=record), tmp_path / "o")
+    return plain(markdown.partition("## ")[0])
+
+
+def test_the_effect_is_told_by_paired_differences(tmp_path: Path) -> None:
+    """The arms' own intervals lie apart in all three."""
+    text = headlines(tmp_path, Interval(0.26, -0.01, 0.53, 64))
+    assert "this run could tell no effect: on the same seeds, CLIP-I differs by +0.260 (-0.010 to +0.530)" in text
+    text = headlines(tmp_path, Interval(-0.26, -0.3, -0.22, 64), is_image_only=True)
+    assert "From the image prompt alone, pictures are less like it than the base model's, from the text alone:" in text
+    text = headlines(tmp_path, Interval(0.26, 0.26, 0.26, 1))
+    assert "CLIP-I, likeness" in text and "effect" not in text and "more like" not in text and "differs" not in text
+
+
+def test_equal_pictures_have_no_psnr(tmp_path: Path) -> None:
+    equal = Difference("engine", "torch-eager", Interval(1.0, 1.0, 1.0, 64), None, None, None)
+    record = replace(FULL_QUALITY, differences=[equal])
+    for text in map(plain, pages(write(tmp_path / "r", quality=record), tmp_path / "o")):
+        assert "drew from the same seeds, all are equal, pixel by pixel." in text
+        assert "100 (100 to 100)" in text and "all equal" in text
+    (differing,) = FULL_QUALITY.differences
+    record = replace(FULL_QUALITY, differences=[replace(differing, equal=Interval(0.0, 0.0, 0.0, 64))])
+    for text in map(plain, pages(write(tmp_path / "r", quality=record), tmp_path / "o")):
+        assert "no two are equal; their PSNR is 45.2 (44.1 to 46.3) dB" in text
 
 
 def test_records_of_several_folders_and_equal_names(tmp_path: Path) -> None:
@@ -211,12 +285,21 @@ def damaged(**fields: Any) -> str:
 
 
 def no_sheet(name: str) -> str:
-    record = asdict(FULL_QUALITY) | {"sweep": {"scales": [1.0], "clip_i": [0.5], "clip_t": None, "sheet": name}}
-    return json.dumps({"kind": "quality", "format_version": 1, **record})
+    sweep = asdict(Sweep(1, 1, [1.0], [Interval(0.5, 0.5, 0.5, 1)], None, name))
+    return json.dumps({"kind": "quality", "format_version": 2, **asdict(FULL_QUALITY), "sweep": sweep})
+
+
+def nested(depth: int) -> Any:
+    found: Any = 1
+    for _ in range(depth):
+        found = [found]
+    return found
 
 
 WRONG = {
     "no JSON": ("{", "cannot be read as a record"),
+    "nested too deeply": ("[" * 100_000, "cannot be read as a record"),
+    "settings nested too deeply": (json.dumps({"kind": "speed", "x": nested(700)}), "is nested too deeply"),
     "something is missing": ('{"kind": "speed", "format_version": 1}', "'origin'"),
     "a newer format": ('{"kind": "quality", "format_version": 99}', "format 99"),
     "no number": (damaged(null=asdict(Interval(1, float("nan"), 1, 9))), "'null.low' is nan"),
@@ -273,4 +356,13 @@ def test_three_digits(value: float, text: str) -> None:
 def test_an_end_beside_one_does_not_look_like_one() -> None:
     assert spread(Interval(1.02, 1.001, 1.04, 9), 1) == "1.020 (1.001 to 1.040)"
     assert spread(Interval(1.02, 1.001, 1.04, 9)) == "1.02 (1.00 to 1.04)"
+    assert spread(Interval(0.00805, -0.1642, 0.19654, 9)) == "0.008 (-0.164 to 0.197)"
     assert spread(Interval(1.02, 1.02, 1.02, 1), 1) == "1.02 (measured once)"
+
+
+def test_differences_have_signs() -> None:
+    assert signed(Interval(0.26, 0.2431, 0.2778, 64)) == "+0.260 (+0.243 to +0.278)"
+    assert signed(Interval(0.02, 0.0001, 0.04, 64)) == "+0.0200 (+0.0001 to +0.0400)"
+    assert signed(Interval(0.0, 0.0, 0.0, 64)) == "0 (0 to 0)"
+    assert signed(Interval(-1e-9, -2e-9, 1e-9, 64)) == "0.000000 (0.000000 to 0.000000)"
+    assert signed(Interval(0.5, 0.5, 0.5, 1)) == "+0.500 (one pair)"
