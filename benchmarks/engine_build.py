@@ -10,17 +10,20 @@ from ipa.engines.plan_cache import PlanCache
 from ipa.engines.shape_profile import ShapeProfile
 from ipa.export.engine_builds import EngineBuilds
 
+LEAST_BATCH = 4  # pictures that an engine takes at least: one is built for several runs
 
-def build_engine(bundle: Bundle, engine: str, resolution: str) -> tuple[int, int, float]:
+
+def build_engine(bundle: Bundle, engine: str, resolution: str, batch: int = 1) -> tuple[int, int, float]:
     """Build what the user's cache has not.
 
     Args:
         engine: `tensorrt` or `tensorrt-rtx`.
         resolution: `WIDTHxHEIGHT`.
+        batch: pictures a call, which the engine is tuned for.
     Returns:
         How many plans were built, how many kept, and the seconds.
     """
-    profile = ShapeProfile.parse([resolution, "64x64"], "1:1:4", "1:4:16")
+    profile = ShapeProfile.parse([resolution, "64x64"], f"1:{batch}:{max(LEAST_BATCH, batch)}", "1:4:16")
     builds = EngineBuilds(bundle, PlanCache(default_cache()), engine, profile)
     kept, jobs = builds.survey()
     start = time.perf_counter()

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
+from ipa.benchmarks.command import Command
 from ipa.benchmarks.device_loop import device_loop
 from ipa.benchmarks.engine_build import build_engine
 from ipa.benchmarks.full_size import FULL, SMALL, Sizes, write_adapter, write_pipeline
@@ -43,6 +44,7 @@ from ipa.export.oracle import DiffusersStep
 from ipa.export.quiet import quiet_libraries
 from ipa.export.validate import Validator
 from ipa.runtime.doctor import as_text, examine
+from ipa.trainer.files import atomic_path
 
 ADAPTER = "ip-adapter"
 WARM_UP = 3  # calls before the rounds: kernels are chosen, graphs captured
@@ -59,7 +61,8 @@ def prepare(folder: Path, sizes: Sizes) -> Path:
     base, adapter, bundle = folder / "base", folder / f"{ADAPTER}.safetensors", folder / "bundle"
     if not adapter.exists():
         write_pipeline(base, sizes=sizes)
-        write_adapter(adapter, sizes=sizes)
+        with atomic_path(adapter) as partial:  # that it is there says that all of it is
+            write_adapter(partial, sizes=sizes)
     if not bundle.exists():
         files = (AdapterFile(ADAPTER, adapter),)
         export_bundle(ExportRequest(str(base), bundle, adapters=files, dtype="float16", force=True))
@@ -178,7 +181,7 @@ def speed(
     }
 
 
-@click.command()
+@click.command("gpu_check", cls=Command)
 @click.option("--model", type=click.Choice(["sd15", "small"]), help="[default: sd15 with a GPU, else small]")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("out/gpu-check"), help="For models and bundle.")
 @click.option("--engine", "wanted", multiple=True, type=click.Choice(list(ENGINE_NAMES[1:])), help="[default: all]")
@@ -244,7 +247,8 @@ def main(
 def write(record: dict[str, Any], folder: Path) -> None:
     """The record so far: whatever comes next, it is kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
+    with atomic_path(folder / "gpu_check.json") as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

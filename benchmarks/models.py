@@ -9,6 +9,7 @@ from ipa.benchmarks.contender import INPAINT_CHANNELS
 from ipa.benchmarks.full_size import FULL, FULL_XL, SMALL, Sizes, write_adapter, write_controlnet, write_pipeline
 from ipa.engines.bundle import Bundle
 from ipa.runtime.demo import demo_bundle
+from ipa.trainer.files import atomic_path
 
 PRESETS: dict[str, tuple[str, Sizes]] = {
     "sd15": ("Stable Diffusion 1.5 at full size, random weights", FULL),
@@ -115,7 +116,8 @@ def write_plus_adapter(models: Models) -> Path:
     assert models.folder is not None
     file = models.folder / "ip-adapter-plus.safetensors"
     if not file.exists():
-        write_adapter(file, sizes=PRESETS[models.name][1], is_plus=True)
+        with atomic_path(file) as partial:
+            write_adapter(partial, sizes=PRESETS[models.name][1], is_plus=True)
     return file
 
 

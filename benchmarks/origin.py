@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterable
@@ -14,16 +15,25 @@ from typing import Any
 
 from ipa.benchmarks.records import Origin
 from ipa.engines.cuda_driver import NoDriver, find_driver
+from ipa.engines.errors import EngineError
 from ipa.engines.machine import available_cores
+from ipa.engines.tensorrt_library import MODULES, is_installed, library_version
 
-LIBRARIES = ("ipa-runtime", "numpy", "torch", "diffusers", "transformers", "onnxruntime", "openvino", "torchmetrics")
+LIBRARIES = (
+    *("ipa-runtime", "numpy", "torch", "diffusers", "transformers"),
+    *("onnxruntime", "onnxruntime-gpu", "openvino", "torchmetrics"),
+)
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def origin(libraries: Iterable[str] = LIBRARIES) -> Origin:
-    """This process: its command line, the machine, and the versions of those libraries that are installed."""
+    """This process: its command line, the machine, and the versions of those libraries that are installed.
+
+    TensorRT's libraries and NVIDIA's driver are among the versions wherever they are found.
+    """
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     found = {name: text for name in libraries if (text := _version(name))}
-    return Origin(command, datetime.now(UTC).isoformat(timespec="seconds"), machine(), found)
+    return Origin(command, datetime.now(UTC).isoformat(timespec="seconds"), machine(), found | _nvidia_versions())
 
 
 def machine() -> dict[str, Any]:
@@ -40,10 +50,33 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
+def _nvidia_versions() -> dict[str, str]:
+    """Of `tensorrt` and `tensorrt_rtx`, of the driver, and the newest CUDA that it serves."""
+    found = dict[str, str]()
+    for engine, module in MODULES.items():
+        if is_installed(engine):
+            try:
+                found[module] = library_version(engine)
+            except EngineError:  # it cannot be loaded: it has computed nothing
+                continue
+    driver = find_driver()
+    if not isinstance(driver, NoDriver):
+        found["CUDA of the driver"] = ".".join(map(str, driver.cuda))
+        if match := re.search(r"Kernel Module\b.*?\s(\d+(?:\.\d+)+)", _text(_DRIVER)):
+            found["NVIDIA driver"] = match[1]
+    return found
+
+
+def _text(file: Path) -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return file.read_text("utf-8")
     except OSError:
+        return ""
+
+
+def _cpu() -> str:
+    lines = _text(Path("/proc/cpuinfo")).splitlines()
+    if not lines:
         return platform.processor() or "unknown"
     named = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = named.get("flags", "").split()

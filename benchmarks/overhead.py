@@ -80,9 +80,14 @@ def pairs(models: Models, setting: Setting, engines: Sequence[str], device: str)
     )
 
 
-def measure_overhead(rows: Iterator[Pair], rounds: int, progress: Progress) -> tuple[list[Overhead], list[NotMeasured]]:
-    """Time each row's two sides in rounds A B B A."""
-    found, missing = list[Overhead](), list[NotMeasured]()
+def measure_overhead(
+    rows: Iterator[Pair], rounds: int, progress: Progress, found: list[Overhead], missing: list[NotMeasured]
+) -> None:
+    """Time each row's two sides in rounds A B B A.
+
+    Args:
+        found, missing: are added to row by row, so that an interruption leaves what was measured.
+    """
     for row in rows:
         name = f"{row.name} ({row.contender})"
         progress(f"cost of the image prompt, {name}", 0)
@@ -97,4 +102,3 @@ def measure_overhead(rows: Iterator[Pair], rounds: int, progress: Progress) -> t
         with_seconds, without_seconds = first_seconds(quads).value, second_seconds(quads).value
         against = bootstrap([quad.ratio for quad in quads])
         found.append(Overhead(row.name, row.contender, row.tokens, with_seconds, without_seconds, against))
-    return found, missing

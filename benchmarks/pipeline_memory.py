@@ -24,9 +24,11 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from ipa.benchmarks.command import Command
 from ipa.engines.bundle import Bundle
 from ipa.engines.registry import BACKENDS
 from ipa.runtime.demo import demo_bundle
+from ipa.trainer.files import atomic_path
 
 GUIDANCE = 5.0
 DIFFUSERS = """
@@ -73,7 +75,7 @@ def measure(command: list[str]) -> Usage:
     return Usage(usage.ru_maxrss / 2**10, time.perf_counter() - start)
 
 
-@click.command()
+@click.command("pipeline_memory", cls=Command)
 @click.option("--base", type=click.Path(exists=True), required=True, help="diffusers pipeline folder.")
 @click.option("--adapter", type=click.Path(exists=True), required=True, help="IP-Adapter file.")
 @click.option("--bundle", type=click.Path(exists=True), required=True, help="Its FP32 bundle.")
@@ -110,7 +112,8 @@ def main(base: str, adapter: str, bundle: str, steps: int, size: int, output: Pa
         "of_diffusers": {name: usage.peak_mib / reference for name, usage in usages.items()},
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / "pipeline_memory.json").write_text(json.dumps(record, indent=1) + "\n")
+    with atomic_path(output / "pipeline_memory.json") as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

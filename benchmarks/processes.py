@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -52,6 +52,7 @@ class ContenderProcess:
         first_call_seconds: the first block and the first run of each stage.
         stage_names: what it can be asked for beside the loop.
         device_seconds: of each block so far, by the device's events.
+        has_failed: whether it ended, or told an error; it answers no more.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -64,6 +65,7 @@ class ContenderProcess:
         self.device_seconds: list[float] = []
         self.warm_up = WarmUp((), False)
         self.first_call_seconds = 0.0
+        self.has_failed = False
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  `close` closes it
         spec = json.dumps({"factory": entry.factory, "options": dict(entry.options)})
         start = time.perf_counter()
@@ -116,7 +118,8 @@ class ContenderProcess:
         """End the process."""
         if self._process.poll() is None:
             assert self._process.stdin is not None
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):  # it died with a question unread, which closing tries to write again
+                self._process.stdin.close()
             try:
                 self._process.wait(END_SECONDS)
             except subprocess.TimeoutExpired:
@@ -124,7 +127,8 @@ class ContenderProcess:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
             if stream is not None:
-                stream.close()
+                with suppress(BrokenPipeError):
+                    stream.close()
 
     def __enter__(self) -> Self:
         return self
@@ -144,12 +148,15 @@ class ContenderProcess:
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        if not line:
+        if not line.endswith("\n"):  # nothing, or what it had written when it was killed
+            self.has_failed = True
             code = self._process.wait()
             self._stderr.seek(0)
             words = self._stderr.read().decode(errors="replace").strip().splitlines()
-            raise ContenderError(f"its process ended with code {code}: {words[-1] if words else 'it said nothing'}")
+            said = words[-1] if words else "it said nothing"
+            raise ContenderError(f"the process of {self.name} ended with code {code}: {said}")
         told: dict[str, Any] = json.loads(line)
         if "error" in told:
+            self.has_failed = True
             raise ContenderError(told["error"])
         return told

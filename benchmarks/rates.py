@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from ipa.engines.errors import IpaError
 from ipa.engines.machine import available_cores
 
 SIDE = {"cpu": 4096, "cuda": 8192}  # of square matrices, large enough for the full rate
-COPY_BYTES = {"cpu": 2**29, "cuda": 2**32}  # beyond every cache
+COPY_BYTES = {"cpu": 2**29, "cuda": 2**30}  # beyond every cache; twice that is allocated
 RUNS = 5
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float16",)}
+
+
+class RatesError(IpaError):
+    """The rates could not be measured."""
+
+
+def measured(device: str) -> dict[str, Any]:
+    """`matmul_gflops` by dtype and `bandwidth_gb_per_second`, measured in a process that then gives its memory back.
+
+    Raises:
+        RatesError: it failed; the message is its last line.
+    """
+    command = [sys.executable, "-m", "ipa.benchmarks.rates", device, str(SIDE[device]), str(COPY_BYTES[device])]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except subprocess.CalledProcessError as error:
+        words = error.stderr.strip().splitlines()
+        raise RatesError(f"its process ended with code {error.returncode}: {words[-1] if words else ''}") from error
+    rates: dict[str, Any] = json.loads(told.splitlines()[-1])
+    return rates
 
 
 def matmul_gflops(dtype: str, device: str = "cpu") -> float:
@@ -51,3 +77,14 @@ def _seconds(call: Callable[[], object], device: str) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times[1:])
+
+
+def main() -> None:
+    """Print the rates of a device: name, side of the matrices, bytes of the copy."""
+    device, SIDE[sys.argv[1]], COPY_BYTES[sys.argv[1]] = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    matmul = {dtype: matmul_gflops(dtype, device) for dtype in DTYPES[device]}
+    print(json.dumps({"matmul_gflops": matmul, "bandwidth_gb_per_second": bandwidth_gb_per_second(device)}))
+
+
+if __name__ == "__main__":
+    main()

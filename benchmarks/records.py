@@ -56,7 +56,8 @@ class Speed:
         first_call_seconds: the first loop block and the first of each stage, warm-up included.
         load_seconds: from the start of the process until it could be called.
         build_seconds: of engines that were built before, if they were in this run.
-        peak_host_mib, peak_device_mib: of its process.
+        peak_host_mib: of its process, as the system counts it.
+        peak_device_mib: largest of readings after warm-up, rounds and stages, less what was in use before its process.
         floor_seconds: a step at the machine's own matrix product rate and memory bandwidth, whichever is longer;
             `None`: the model's sizes or the rate are not known.
         times_floor: `step_seconds` over that; below 1 where an algorithm needs fewer operations than are counted.
@@ -117,7 +118,8 @@ class SpeedRecord:
 
     Attributes:
         setting: `model`, `model_title`, `task`, `images` (a call), `unet_batch`, `height`, `width`, `steps`,
-            `scheduler`, `guidance_scale`, `image_tokens`, `block_steps`, `pairs`, `threads`.
+            `scheduler`, `guidance_scale`, `image_tokens`, `block_steps`, `pairs`, `threads`,
+            `bundle_created_by` (versions that the bundle was exported with).
         gflop: of one call, by component: `unet` is a step of the whole batch.
         rates: measured here: `matmul_gflops` by dtype, and `bandwidth_gb_per_second`.
         baseline: the contender that ratios are to.

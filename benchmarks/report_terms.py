@@ -53,7 +53,11 @@ _SPEED = [
         "then. Load: from the start of the process until it could be called. Build: of engines that are built "
         "before and kept.",
     ),
-    Term("Peak memory", "The largest amount in use by the contender's process, on the host and on the device."),
+    Term(
+        "Peak memory",
+        "On the host the largest resident set of the contender's process. On the device the largest of three readings, "
+        "after warm-up, rounds and stages, less what was in use before the process started.",
+    ),
 ]
 _QUALITY = [
     Term("CLIP-I", "Cosine of the CLIP embeddings of a picture and of its image prompt; the mean over pictures."),

@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from ipa.benchmarks.command import Command
 from ipa.benchmarks.random_inputs import random_inputs
 from ipa.benchmarks.rounds import interleave, ratio
 from ipa.engines.bundle import Bundle
@@ -25,7 +26,7 @@ from ipa.engines.bundle import Bundle
 TOKENS = 4
 
 
-@click.command()
+@click.command("slot_cost", cls=Command)
 @click.option("--bundle", type=click.Path(path_type=Path), required=True, help="The one to compare with.")
 @click.option("--other", type=click.Path(path_type=Path), required=True, help="The same with more slots, or masks.")
 @click.option("--engine", default="onnxruntime", show_default=True, help="Back-end.")

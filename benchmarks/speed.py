@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,71 +16,60 @@ from ipa.benchmarks.origin import origin
 from ipa.benchmarks.overhead import measure_overhead, pairs
 from ipa.benchmarks.progress import progress_bar
 from ipa.benchmarks.records import NotMeasured, SpeedRecord, write_record
-from ipa.benchmarks.speed_run import Outcome, SpeedRun, Work
+from ipa.benchmarks.speed_options import SpeedOptions, check, check_fits, own_size
+from ipa.benchmarks.speed_run import INTERRUPTED, Outcome, SpeedRun, Work
 from ipa.benchmarks.start_up import start_ups
 from ipa.engines.bundle import Bundle
 from ipa.engines.cuda_driver import NoDriver, find_driver
-from ipa.engines.errors import RequestError
+from ipa.engines.errors import RequestError, first_line
 from ipa.engines.registry import BACKENDS
 from ipa.engines.tensorrt_library import MODULES
-from ipa.runtime.pipeline import Pipeline
 from ipa.runtime.preparation import Preparation
 
-QUICK = (DEMO, "small")  # whose whole loop is one block
+OVERHEAD, START_UP = "cost of the image prompt", "start-up"
 
 
 @dataclass(frozen=True)
-class SpeedOptions:
-    """As `ipa-bench speed --help` has them; `names`: of contenders, `None` is all."""
+class Measured:
+    """A run's record, the file that it is in, and whether Ctrl-C ended the run before all was measured."""
 
-    model: str
-    output: Path
-    folder: Path
-    task: str = "variation"
-    names: tuple[str, ...] | None = None
-    resolution: str | None = None
-    batch: int = 1
-    steps: int = 25
-    block_steps: int | None = None
-    scheduler: str = "ddim"
-    guidance_scale: float = 5.0
-    pairs: int = 7
-    base: Path | None = None
-    adapter: Path | None = None
-    controlnet: str | None = None
-    overhead: bool = True
-    start_up: bool = True
+    record: SpeedRecord
+    file: Path
+    is_interrupted: bool
 
 
-def measure_speed(options: SpeedOptions) -> tuple[SpeedRecord, Path]:
-    """Measure, and write the record.
+def measure_speed(options: SpeedOptions) -> Measured:
+    """Measure, and write the record; after Ctrl-C with what was measured until then.
 
-    Returns:
-        The record and its file.
     Raises:
         IpaError: an option does not fit, or no contender can run.
+        KeyboardInterrupt: before anything was measured.
     """
+    check(options)
     has_gpu = not isinstance(find_driver(), NoDriver)
-    device = "cuda" if has_gpu else "cpu"
+    device = _torch_device() if has_gpu else "cpu"
     models = _models(options, "float16" if has_gpu else "float32")
     bundle = Bundle.open(models.bundle, verify=False)
-    setting = _setting(options, bundle, models.control, has_gpu)
-    with Pipeline.open(models.bundle, verify=False) as pipe:
-        pipe.batch_key(setting.request())  # what does not fit is known before anything is timed
+    setting = options.setting(own_size(bundle), models.control, has_gpu)
+    check_fits(bundle, setting)
     calls = len(Preparation(bundle).run(setting.request()).schedule.timesteps)  # fewer from an image on, PNDM: one more
     setting = replace(setting, block_steps=min(setting.block_steps, calls))
     wanted = options.names or NAMES
-    built, failed = _built(bundle, wanted, f"{setting.width}x{setting.height}")
+    built, failed = _built(bundle, wanted, setting)
     found, missing = entries([name for name in wanted if name not in failed], models, setting, device, built)
     if not found:
         raise RequestError(f"no contender can run: {'; '.join(f'{one.name}: {one.reason}' for one in missing)}")
     missing += [NotMeasured(name, reason) for name, reason in failed.items()]
     gflop, weights = _sizes(models, setting)
-    measured = _rates(device)
+    try:
+        measured = rates.measured(device)
+    except rates.RatesError as error:
+        measured = {}
+        missing.append(NotMeasured("the machine's rates, and the distance to the floor", str(error)))
 
     def floor(dtype: str) -> float | None:
         is_whole = setting.task != "controlnet"  # whose operations are not counted
-        if not gflop or not is_whole or dtype not in measured["matmul_gflops"]:
+        if not gflop or not is_whole or not measured or dtype not in measured["matmul_gflops"]:
             return None
         matmul, bandwidth = measured["matmul_gflops"][dtype], measured["bandwidth_gb_per_second"]
         return rates.floor_seconds(gflop["unet"], weights, dtype, matmul, bandwidth)
@@ -92,7 +80,7 @@ def measure_speed(options: SpeedOptions) -> tuple[SpeedRecord, Path]:
     ours = [backend.name for backend in BACKENDS if backend.name in running and backend.name not in MODULES]
     total = 4 * options.pairs * (len(found) + (len(ours) * 2 + 3 if has_overhead else 0))
     work = Work(setting.block_steps, calls, setting.images, floor)
-    file = options.output / f"speed_{_file_part(models.name)}_{setting.task}.json"
+    file = options.output / options.record_name(models.name, setting, own_size(bundle))
     with progress_bar(total) as progress:
         outcome = SpeedRun(found, work, options.pairs, _device_memory, progress).run()
         _check_any(outcome)
@@ -106,66 +94,46 @@ def measure_speed(options: SpeedOptions) -> tuple[SpeedRecord, Path]:
             contenders=outcome.contenders,
             not_measured=[*outcome.not_measured, *missing],
         )
-        write_record(record, file)  # what comes next may be interrupted
-        try:
-            if has_overhead:
-                costs, failed_costs = measure_overhead(pairs(models, setting, ours, device), options.pairs, progress)
-                record = replace(record, overhead=costs, not_measured=[*record.not_measured, *failed_costs])
-            elif options.overhead:
-                reason = "measured for `--model sd15` and `small`, `--task variation`, `--batch 1`"
-                record = _lacking(record, "cost of the image prompt", reason)
-            if options.start_up:
-                progress("start-up", 0)
-                record = replace(record, start_up=start_ups())
-        except KeyboardInterrupt:
-            record = _lacking(record, "what comes after the contenders", "the run was interrupted")
+        write_record(record, file)  # what comes next may fail in ways that nobody answers
+        is_interrupted = outcome.is_interrupted
+        if options.overhead and not has_overhead:
+            reason = "measured for `--model sd15` and `small`, `--task variation`, `--batch 1`"
+            record.not_measured.append(NotMeasured(OVERHEAD, reason))
+        parts = {OVERHEAD: has_overhead, START_UP: options.start_up}
+        for part in (name for name, is_wanted in parts.items() if is_wanted):
+            try:
+                if is_interrupted:
+                    raise KeyboardInterrupt
+                if part == OVERHEAD:
+                    rows = pairs(models, setting, ours, device)
+                    measure_overhead(rows, options.pairs, progress, record.overhead, record.not_measured)
+                else:
+                    progress(START_UP, 0)
+                    record.start_up.extend(start_ups())
+            except KeyboardInterrupt:
+                is_interrupted = True
+                record.not_measured.append(NotMeasured(part, INTERRUPTED))
+            except Exception as error:  # whatever it is, what was measured is kept
+                record.not_measured.append(NotMeasured(part, f"{type(error).__name__}: {first_line(error)}"))
     write_record(record, file)
-    return record, file
+    return Measured(record, file, is_interrupted)
 
 
-def _lacking(record: SpeedRecord, name: str, reason: str) -> SpeedRecord:
-    return replace(record, not_measured=[*record.not_measured, NotMeasured(name, reason)])
+def _torch_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _models(options: SpeedOptions, dtype: str) -> Models:
-    given = [name for name in ("base", "adapter", "controlnet") if getattr(options, name) is not None]
-    if given and options.model in (*PRESETS, DEMO):
-        raise RequestError(
-            f"--{given[0]} goes with a bundle of yours, --model {options.model} has its own: leave it out"
-        )
     if options.model in PRESETS:
         return preset(options.model, options.folder, options.task, dtype)
     if options.model == DEMO:
         return demo(options.folder)
-    bundle = Path(options.model)
-    if not bundle.is_dir():
-        raise RequestError(f"--model {options.model} is no folder, and none of {', '.join((*PRESETS, DEMO))}")
-    return users_own(bundle, options.base, options.adapter, options.controlnet)
+    return users_own(Path(options.model), options.base, options.adapter, options.controlnet)
 
 
-def _setting(options: SpeedOptions, bundle: Bundle, control: str | None, has_gpu: bool) -> Setting:
-    defaults = bundle.manifest.defaults
-    width, height = defaults.width, defaults.height
-    if options.resolution is not None:
-        match = re.fullmatch(r"(\d+)x(\d+)", options.resolution)
-        if match is None:
-            raise RequestError(f"--resolution is {options.resolution!r}, expected WIDTHxHEIGHT, such as 512x512")
-        width, height = int(match[1]), int(match[2])
-    block = options.block_steps or (options.steps if options.model in QUICK or has_gpu else 1)
-    return Setting(
-        task=options.task,
-        images=options.batch,
-        height=height,
-        width=width,
-        steps=options.steps,
-        block_steps=min(block, options.steps),
-        scheduler=options.scheduler,
-        guidance_scale=options.guidance_scale,
-        control=control,
-    )
-
-
-def _built(bundle: Bundle, names: tuple[str, ...], resolution: str) -> tuple[dict[str, float], dict[str, str]]:
+def _built(bundle: Bundle, names: tuple[str, ...], setting: Setting) -> tuple[dict[str, float], dict[str, str]]:
     """Seconds that building took by engine, and why it failed."""
     seconds, failed = dict[str, float](), dict[str, str]()
     if isinstance(find_driver(), NoDriver):
@@ -173,7 +141,7 @@ def _built(bundle: Bundle, names: tuple[str, ...], resolution: str) -> tuple[dic
     for backend in BACKENDS:
         if backend.name in MODULES and backend.name in names and backend.is_installed:
             try:
-                built, _, took = build_engine(bundle, backend.name, resolution)
+                built, _, took = build_engine(bundle, backend.name, f"{setting.width}x{setting.height}", setting.images)
             except Exception as error:  # whatever one engine does, the others are measured
                 failed[backend.name] = f"its engines could not be built: {error}"
             else:
@@ -191,14 +159,6 @@ def _sizes(models: Models, setting: Setting) -> tuple[dict[str, float], int]:
     )
 
 
-def _rates(device: str) -> dict[str, Any]:
-    dtypes = ("float16",) if device == "cuda" else ("float32", "bfloat16")
-    return {
-        "matmul_gflops": {dtype: rates.matmul_gflops(dtype, device) for dtype in dtypes},
-        "bandwidth_gb_per_second": rates.bandwidth_gb_per_second(device),
-    }
-
-
 def _described(options: SpeedOptions, models: Models, setting: Setting, bundle: Bundle) -> dict[str, Any]:
     from ipa.engines.machine import available_cores
 
@@ -212,6 +172,7 @@ def _described(options: SpeedOptions, models: Models, setting: Setting, bundle: 
         "image_tokens": bundle.manifest.adapters[adapter].tokens if adapter else 0,
         "pairs": options.pairs,
         "threads": available_cores(),
+        "bundle_created_by": dict(bundle.manifest.created_by),
     }
 
 
@@ -224,11 +185,9 @@ def _device_memory() -> float | None:
         return None
 
 
-def _file_part(name: str) -> str:
-    return re.sub(r"[^\w.-]", "_", name)
-
-
 def _check_any(outcome: Outcome) -> None:
+    if not outcome.contenders and outcome.is_interrupted:
+        raise KeyboardInterrupt
     if not outcome.contenders:
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in outcome.not_measured)
         raise RequestError(f"no contender could be measured: {reasons}")

@@ -13,6 +13,7 @@ from ipa.benchmarks.progress import Progress
 from ipa.benchmarks.records import NotMeasured, Speed
 
 STAGE_RUNS = 3
+INTERRUPTED = "the run was interrupted"
 DeviceMemory = Callable[[], float | None]  # MiB in use on the GPU; `None` without one
 
 
@@ -33,11 +34,16 @@ class Work:
 
 @dataclass
 class Outcome:
-    """What a run found; the baseline comes first."""
+    """What a run found; the baseline comes first.
+
+    Attributes:
+        is_interrupted: whether Ctrl-C ended it.
+    """
 
     contenders: list[Speed] = field(default_factory=list)
     null: Interval | None = None
     not_measured: list[NotMeasured] = field(default_factory=list)
+    is_interrupted: bool = False
 
 
 class SpeedRun:
@@ -51,51 +57,65 @@ class SpeedRun:
 
     def run(self) -> Outcome:
         """Measure one after the other; what fails, or comes after Ctrl-C, is listed with its reason."""
-        outcome = Outcome()
-        waiting = list(self._entries)
-        while waiting and not outcome.contenders:  # the first that works is the baseline
-            entry = waiting.pop(0)
-            try:
-                self._against(entry, waiting, outcome)
-            except ContenderError as error:
-                outcome.not_measured.append(NotMeasured(entry.name, str(error)))
+        outcome, waiting = Outcome(), list(self._entries)
+        try:
+            while waiting and not outcome.contenders:  # the first that works is the baseline
+                try:
+                    self._against(waiting, outcome)
+                except ContenderError as error:
+                    outcome.not_measured.append(NotMeasured(waiting.pop(0).name, str(error)))
+        except KeyboardInterrupt:
+            outcome.is_interrupted = True
+            outcome.not_measured += [NotMeasured(one.name, INTERRUPTED) for one in waiting]
         return outcome
 
-    def _against(self, baseline: Entry, others: list[Entry], outcome: Outcome) -> None:
-        used = self._device_memory()
+    def _against(self, waiting: list[Entry], outcome: Outcome) -> None:
+        """Measure the first that waits, then the others against it; who is done with waits no more."""
+        baseline, used = waiting[0], self._device_memory()
         self._progress(f"{baseline.name}: warm-up", 0)
         with ContenderProcess(baseline) as first:
             first.warm()
-            device = _difference(self._device_memory(), used)
+            memory = [self._device_memory()]
             stages, itself = self._stages(first), f"{baseline.name} against itself"
+            memory.append(self._device_memory())
             try:
                 with ContenderProcess(baseline) as again:
                     again.warm()
                     quads = self._rounds(first, again, itself)
                 outcome.null, block = ratio(quads), first_seconds(quads)
             except ContenderError as error:  # no room for two of them, say
+                if first.has_failed:
+                    raise
                 outcome.not_measured.append(NotMeasured(itself, str(error)))
                 block = bootstrap([first.block() for _ in range(2 * self._pairs)])
+            memory.append(self._device_memory())
+            device = _largest_difference(memory, used)
             outcome.contenders.append(self._speed(baseline, first, block, None, stages, device))
-            while others:
-                entry = others.pop(0)
+            waiting.pop(0)
+            while waiting:
                 try:
-                    outcome.contenders.append(self._other(first, entry))
+                    outcome.contenders.append(self._other(first, waiting[0]))
                 except ContenderError as error:
-                    outcome.not_measured.append(NotMeasured(entry.name, str(error)))
-                except KeyboardInterrupt:
-                    left = [entry, *others]
-                    outcome.not_measured += [NotMeasured(one.name, "the run was interrupted") for one in left]
-                    others.clear()
+                    if first.has_failed:
+                        reason = f"the baseline failed meanwhile, and there is nothing to compare with: {error}"
+                        outcome.not_measured += [NotMeasured(one.name, reason) for one in waiting]
+                        waiting.clear()
+                        return
+                    outcome.not_measured.append(NotMeasured(waiting[0].name, str(error)))
+                waiting.pop(0)
 
     def _other(self, first: ContenderProcess, entry: Entry) -> Speed:
         used = self._device_memory()
         self._progress(f"{entry.name}: warm-up", 0)
         with ContenderProcess(entry) as second:
             second.warm()
-            device = _difference(self._device_memory(), used)
+            memory = [self._device_memory()]
             quads = self._rounds(first, second, entry.name)
-            return self._speed(entry, second, second_seconds(quads), ratio(quads), self._stages(second), device)
+            memory.append(self._device_memory())
+            stages = self._stages(second)
+            memory.append(self._device_memory())
+            device = _largest_difference(memory, used)
+            return self._speed(entry, second, second_seconds(quads), ratio(quads), stages, device)
 
     def _rounds(self, first: ContenderProcess, second: ContenderProcess, name: str) -> list[Quad]:
         self._progress(name, 0)
@@ -145,5 +165,6 @@ class SpeedRun:
         )
 
 
-def _difference(after: float | None, before: float | None) -> float | None:
-    return None if after is None or before is None else after - before
+def _largest_difference(readings: Sequence[float | None], before: float | None) -> float | None:
+    known = [reading for reading in readings if reading is not None]
+    return max(known) - before if known and before is not None else None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from ipa.benchmarks.records import StartUp
 from ipa.runtime.demo import FOLDER
@@ -18,7 +20,7 @@ SLOW = 1.0  # seconds; fewer runs then
 # Name, code, distributions that are installed for it.
 OURS = (
     "ipa-runtime[onnxruntime]",
-    "from ipa.runtime import Pipeline, Request",
+    "from ipa.runtime import Pipeline, Request; import onnxruntime",
     ("numpy", "pillow", "tokenizers", "click", "tqdm", "safetensors", "onnxruntime"),
 )
 THEIRS = (
@@ -54,22 +56,24 @@ def start_up(name: str, code: str, roots: tuple[str, ...], more_bytes: int = 0) 
 
 
 def closure(roots: tuple[str, ...]) -> set[str]:
-    """Names of installed distributions that the roots need, themselves included; extras are left out."""
+    """Names of installed distributions that the roots need here, themselves included; extras are left out.
+
+    Names are normalised: `huggingface_hub` is `huggingface-hub`.
+    """
     found: set[str] = set()
-    waiting = list(roots)
+    waiting = list(map(canonicalize_name, roots))
     while waiting:
         name = waiting.pop()
         if name in found:
             continue
         try:
             requires = distribution(name).requires or ()
-        except PackageNotFoundError:  # for another system
+        except PackageNotFoundError:  # a root that is not installed
             continue
         found.add(name)
-        for requirement in requires:
-            needed, _, marker = requirement.partition(";")
-            if not re.search(r"extra|platform_system|sys_platform|python_version *<", marker):
-                waiting.append(re.split(r"[^\w.\-]", needed.strip(), maxsplit=1)[0].lower())
+        for requirement in map(Requirement, requires):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(canonicalize_name(requirement.name))
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -27,6 +29,15 @@ class Sleeper:
         return time.perf_counter() - start, None
 
 
+class Known(Sleeper):
+    """Writes down which process it is in."""
+
+    def __init__(self, seconds: float, pids: str) -> None:
+        super().__init__(seconds)
+        with Path(pids).open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
 class Talker(Sleeper):
     """Prints where answers go."""
 
@@ -35,20 +46,26 @@ class Talker(Sleeper):
         super().__init__(seconds)
 
 
-class Multiplier:
-    """Keeps a core busy, as a model would."""
+class Neighboured:
+    """Says what its block would take on a machine where another process comes and goes, and leaves in the end.
+
+    All that share the file `clock` share the machine: the file grows by one for each block of any of them.
+    """
 
     dtype = "float32"
 
-    def __init__(self, side: int, times: int) -> None:
-        self._matrix, self._times = np.random.default_rng(0).standard_normal((side, side), np.float32), times
+    def __init__(self, seconds: float, clock: str, seed: int, leaves: int) -> None:
+        rng, most = np.random.default_rng(seed), 1000
+        is_busy = (np.cumsum(rng.random(most) < 0.3) % 2 == 0) & (np.arange(most) < leaves)
+        noise = np.exp(0.01 * rng.standard_normal(most))
+        self._seconds = seconds * (1 + is_busy * rng.uniform(0.5, 1, most)) * noise
+        self._clock = Path(clock)
         self.stages: dict[str, Callable[[], object]] = {}
 
     def block(self) -> tuple[float, None]:
-        start = time.perf_counter()
-        for _ in range(self._times):
-            np.dot(self._matrix, self._matrix)
-        return time.perf_counter() - start, None
+        with self._clock.open("a") as file:
+            file.write(".")
+            return float(self._seconds[file.tell()]), None
 
 
 def dies() -> None:
