@@ -257,3 +257,20 @@ def test_the_overhead_keeps_rows_that_come_before_an_interruption() -> None:
         measure_overhead(rows(), 2, lambda text, done: None, found, missing)
     assert [row.name for row in found] == ["hoisted"]
     assert [one.name for one in missing] == ["cost of the image prompt: broken (x)"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(28, "No space left on device", "x.json"), 2, "ipa-bench: x.json: No space left on device"),
+        (KeyboardInterrupt(), 130, "ipa-bench: interrupted before anything was measured"),
+    ],
+)
+def test_what_ends_a_run_is_told(error: BaseException, code: int, message: str, tmp_path: Path) -> None:
+    def ends(options: SpeedOptions) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "measure_speed", ends)
+        result = bench("--output", tmp_path)
+    assert (result.exit_code, result.output.strip()) == (code, message)
