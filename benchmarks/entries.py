@@ -11,7 +11,6 @@ from ipa.benchmarks.models import Models
 from ipa.benchmarks.processes import Entry
 from ipa.benchmarks.records import NotMeasured
 from ipa.engines.bundle import Bundle
-from ipa.engines.errors import RequestError
 from ipa.engines.registry import BACKENDS, Backend, backend_named
 
 HALF = "-bf16"  # of a CPU: PyTorch in the precision that OpenVINO takes there
@@ -35,13 +34,9 @@ def entries(
         names: some of `NAMES`.
         device: `cuda` or `cpu`, for PyTorch.
         built: seconds that building engines took, by name.
-    Raises:
-        RequestError: a name is unknown.
     """
     found, missing = list[Entry](), list[NotMeasured]()
     for name in names:
-        if name not in NAMES:
-            raise RequestError(f"unknown contender '{name}', expected some of {', '.join(NAMES)}")
         reason = _obstacle(name, models, setting, device)
         if reason:
             missing.append(NotMeasured(name, reason))
@@ -55,6 +50,7 @@ def torch_options(models: Models, setting: Setting, device: str) -> dict[str, An
     return {
         "base": str(models.base),
         "adapter": str(models.adapter) if setting.has_image else None,
+        "image_encoder": None if models.image_encoder is None else str(models.image_encoder),
         "controlnet": None if models.controlnet is None else str(models.controlnet),
         "setting": asdict(setting),
         "device": device,
@@ -105,7 +101,7 @@ def _obstacle(name: str, models: Models, setting: Setting, device: str) -> str:
             return "PyTorch needs what the bundle was exported from: add --base and --adapter"
         if setting.task == "controlnet" and models.controlnet is None:
             return "PyTorch needs the ControlNet that the bundle was exported with: add --controlnet"
-        return ""
+        return models.torch_obstacle
     if name == PLAIN:
         if models.merged is None or setting.task != "variation":
             return f"there is no ordinary graph of {models.name} for the task {setting.task}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ipa.benchmarks.bundle_origin import torch_obstacle
 from ipa.benchmarks.contender import INPAINT_CHANNELS
 from ipa.benchmarks.full_size import FULL, FULL_XL, SMALL, Sizes, write_adapter, write_controlnet, write_pipeline
 from ipa.engines.bundle import Bundle
@@ -31,6 +32,8 @@ class Models:
         name, title: for the record and for people.
         bundle: for our side.
         base, adapter: for PyTorch: a pipeline folder and its IP-Adapter; `None`: there are none.
+        image_encoder: the adapter's, where it is not the pipeline's.
+        torch_obstacle: why PyTorch cannot take part although it has both; empty: it can.
         controlnet: ControlNet folder, where the task has one; `control` is its name in the bundle.
         merged: the ordinary graph with the adapter inside; `None`: there is none.
         folder: where more may be written, such as graphs for the cost of the image prompt; `None`: nowhere.
@@ -45,6 +48,8 @@ class Models:
     control: str | None = None
     merged: Path | None = None
     folder: Path | None = None
+    image_encoder: Path | None = None
+    torch_obstacle: str = ""
 
 
 def preset(name: str, folder: Path, task: str, dtype: str) -> Models:
@@ -79,7 +84,9 @@ def preset(name: str, folder: Path, task: str, dtype: str) -> Models:
     return Models(name, title, bundle, base, adapter, controlnet, None, merged, home)
 
 
-def users_own(bundle: Path, base: Path | None, adapter: Path | None, controlnet: str | None) -> Models:
+def users_own(
+    bundle: Path, base: Path | None, image_encoder: Path | None, adapter: Path | None, controlnet: str | None
+) -> Models:
     """The user's bundle, and what it was exported from for PyTorch's side, if it is given.
 
     Args:
@@ -89,12 +96,20 @@ def users_own(bundle: Path, base: Path | None, adapter: Path | None, controlnet:
     """
     from ipa.export.controlnets import ControlNetSource
 
-    opened = Bundle.open(bundle, verify=False)
-    title = f"{bundle.name} ({opened.manifest.family})"
+    manifest = Bundle.open(bundle, verify=False).manifest
+    models = Models(
+        bundle.name,
+        f"{bundle.name} ({manifest.family})",
+        bundle,
+        base,
+        adapter,
+        image_encoder=image_encoder,
+        torch_obstacle=torch_obstacle(manifest),
+    )
     if controlnet is None:
-        return Models(bundle.name, title, bundle, base, adapter)
+        return models
     source = ControlNetSource.parse(controlnet)
-    return Models(bundle.name, title, bundle, base, adapter, Path(source.location), source.name)
+    return replace(models, controlnet=Path(source.location), control=source.name)
 
 
 def demo(folder: Path) -> Models:

@@ -36,12 +36,12 @@ import sys
 from pathlib import Path
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 base, adapter, image, steps, size, guidance, output = sys.argv[1:]
 encoder = CLIPVisionModelWithProjection.from_pretrained(Path(base) / "image_encoder")
 pipe = StableDiffusionPipeline.from_pretrained(
-    base, image_encoder=encoder, feature_extractor=CLIPImageProcessor(), safety_checker=None
+    base, image_encoder=encoder, feature_extractor=CLIPImageProcessorPil(), safety_checker=None
 )
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 file = Path(adapter)

@@ -105,7 +105,7 @@ def plot_stages(name: str, record: SpeedRecord, titles: dict[str, str]) -> Pictu
     Args:
         titles: of stages, for people.
     """
-    steps = record.setting.get("steps")
+    steps = record.setting.get("unet_calls")
     if not record.contenders or not isinstance(steps, int) or isinstance(steps, bool):
         return None
     stages = list(dict.fromkeys(stage for row in record.contenders for stage in row.stage_seconds))

@@ -24,6 +24,7 @@ LABELS = {
     "block_steps": "steps per measured block",
     "pairs": "measured pairs per contender",
     "threads": "CPU threads",
+    "bundle_created_by": "bundle made with",
 }
 LEAD = (
     "images per call: {images}",
@@ -38,6 +39,7 @@ LEAD = (
 STAGES = {"text": "text encoder", "image": "image encoder", "adapter": "IP-Adapter", "vae_decoder": "VAE decoder"}
 RATES = {"matmul_gflops": ("matrix product,", "GFLOP/s"), "bandwidth_gb_per_second": ("memory bandwidth", "GB/s")}
 NONE = "none in this run"
+FEW = 5  # rounds: the range of fewer covers a median less often than 95 times in 100
 NO_DIFFERENCE = "no difference that this run could tell"
 
 
@@ -124,6 +126,9 @@ def _warnings(record: SpeedRecord) -> list[str]:
             f"There is no null: {record.baseline} was not measured against itself, so nothing shows how far a ratio of "
             "this run is moved by chance alone."
         )
+    pairs = record.setting.get("pairs")
+    if isinstance(pairs, int) and pairs < FEW:
+        found.append(f"Each ratio has {pairs} rounds only; an interval of so few is no more than their range.")
     restless = [row.name for row in record.contenders if not row.is_settled]
     if restless:
         found.append(

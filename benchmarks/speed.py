@@ -130,7 +130,8 @@ def _models(options: SpeedOptions, dtype: str) -> Models:
         return preset(options.model, options.folder, options.task, dtype)
     if options.model == DEMO:
         return demo(options.folder)
-    return users_own(Path(options.model), options.base, options.adapter, options.controlnet)
+    sources = options.base, options.image_encoder, options.adapter, options.controlnet
+    return users_own(Path(options.model), *sources)
 
 
 def _built(bundle: Bundle, names: tuple[str, ...], setting: Setting) -> tuple[dict[str, float], dict[str, str]]:

@@ -25,7 +25,8 @@ _EXIT_INTERRUPTED = 130  # as ipa-run: 128 + SIGINT
     metavar="sd15|sdxl|small|demo|BUNDLE",
     help="Full size or small with random weights, the demo model, or a bundle of yours.",
 )
-@click.option("--base", type=_PLACE, help="Of a bundle: the pipeline that it was exported from, for PyTorch.")
+@click.option("--base", metavar="DIR_OR_ID", help="Of a bundle: the pipeline that it was exported from, for PyTorch.")
+@click.option("--image-encoder", metavar="DIR_OR_ID", help="Of a bundle: its image encoder, as ipa-export got it.")
 @click.option("--adapter", type=_PLACE, help="Of a bundle: its IP-Adapter file, for PyTorch.")
 @click.option("--controlnet", metavar="[NAME=]DIR", help="Of a bundle: one of its ControlNets, for PyTorch.")
 @click.option("--task", type=click.Choice(TASKS), default="variation", show_default=True)
@@ -49,12 +50,21 @@ _EXIT_INTERRUPTED = 130  # as ipa-run: 128 + SIGINT
 @click.option("--models", "folder", type=_PLACE, help="Folder for models that are made. [default: OUTPUT/models]")
 @click.option("--overhead/--no-overhead", default=True, help="Measure what the image prompt costs a step.")
 @click.option("--start-up/--no-start-up", default=True, help="Measure imports and installations.")
-def speed(output: Path, model: str, names: str | None, folder: Path | None, **given: Any) -> None:
+def speed(
+    output: Path,
+    model: str,
+    names: str | None,
+    folder: Path | None,
+    base: str | None,
+    image_encoder: str | None,
+    **given: Any,
+) -> None:
     """Time PyTorch and every engine in turn, in one run.
 
     Writes OUTPUT/speed_MODEL_TASK.json, which `ipa-bench report` makes a page of; what differs from the defaults, such
     as the resolution, is in its name.
     """
+    from ipa.benchmarks.bundle_origin import source_folder
     from ipa.benchmarks.speed import measure_speed
     from ipa.benchmarks.speed_options import SpeedOptions
     from ipa.export.quiet import quiet_libraries
@@ -64,6 +74,10 @@ def speed(output: Path, model: str, names: str | None, folder: Path | None, **gi
         model=model,
         output=output,
         folder=folder or output / "models",
+        base=None if base is None else source_folder("--base", base, "model_index.json"),
+        image_encoder=(
+            None if image_encoder is None else source_folder("--image-encoder", image_encoder, "config.json")
+        ),
         names=None if names is None else tuple(name.strip() for name in names.split(",")),
         **given,
     )

@@ -7,15 +7,18 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ipa.benchmarks.bundle_origin import check_adapter
 from ipa.benchmarks.contender import Setting
+from ipa.benchmarks.diffusers_pipeline import image_encoder_folder
 from ipa.benchmarks.entries import NAMES
 from ipa.benchmarks.models import DEMO, PRESETS
-from ipa.engines.bundle import Bundle, hash_file
+from ipa.engines.bundle import Bundle
 from ipa.engines.errors import IpaError, RequestError
 from ipa.runtime.demo import demo_bundle
 from ipa.runtime.pipeline import Pipeline
 
 QUICK = (DEMO, "small")  # whose whole loop is one block
+_SOURCES = ("base", "image_encoder", "adapter", "controlnet")
 _CONFIGS = ("unet/config.json", "vae/config.json")  # what operations are counted from
 _USUAL_SIZE = (512, 512)  # for the check of a request whose model is not there yet
 
@@ -37,6 +40,7 @@ class SpeedOptions:
     guidance_scale: float = 5.0
     pairs: int = 7
     base: Path | None = None
+    image_encoder: Path | None = None
     adapter: Path | None = None
     controlnet: str | None = None
     overhead: bool = True
@@ -103,11 +107,10 @@ def check(options: SpeedOptions) -> None:
     """
     _check_names(options.names or NAMES)
     bundle = _known_bundle(options)
-    given = [name for name in ("base", "adapter", "controlnet") if getattr(options, name) is not None]
+    given = [name for name in _SOURCES if getattr(options, name) is not None]
     if given and options.model in (*PRESETS, DEMO):
-        raise RequestError(
-            f"--{given[0]} goes with a bundle of yours, --model {options.model} has its own: leave it out"
-        )
+        option = f"--{given[0].replace('_', '-')}"
+        raise RequestError(f"{option} goes with a bundle of yours, --model {options.model} has its own: leave it out")
     control = _control(options)
     if bundle is None:  # its models are made later; what is wrong with the request alone is known now
         options.setting(_USUAL_SIZE, None).request()
@@ -174,18 +177,16 @@ def _check_sources(options: SpeedOptions, bundle: Bundle) -> None:
         for name in _CONFIGS:
             if not (options.base / name).is_file():
                 raise RequestError(f"--base {options.base} has no {name}: give a pipeline's folder of diffusers")
-    if options.adapter is None:
-        return
-    try:
-        digest = hash_file(options.adapter)
-    except OSError as error:
-        raise RequestError(f"--adapter {options.adapter} cannot be read: {error.strerror}") from error
-    name = bundle.manifest.defaults.adapter
-    if name is None or bundle.manifest.adapters[name].source_sha256 != digest:
-        raise RequestError(
-            f"--adapter {options.adapter} (sha256 {digest[:16]}) is not what the bundle's adapter '{name}' was made "
-            f"of; `ipa-export inspect {bundle.root}` says what was"
-        )
+        encoder = image_encoder_folder(options.base, options.image_encoder)
+        if options.adapter is not None and not (encoder / "config.json").is_file():
+            raise RequestError(f"{encoder} has no config.json: name the adapter's image encoder with --image-encoder")
+    elif options.image_encoder is not None:
+        raise RequestError("--image-encoder is for PyTorch's side, which needs --base and --adapter, too")
+    if options.adapter is not None:
+        try:
+            check_adapter(bundle, options.adapter)
+        except OSError as error:
+            raise RequestError(f"--adapter {options.adapter} cannot be read: {error.strerror}") from error
 
 
 def _check_writable(option: str, folder: Path) -> None:

@@ -40,6 +40,7 @@ class TorchPipeline:
         base: str,
         adapter: str | None,
         setting: Mapping[str, Any],
+        image_encoder: str | None = None,
         controlnet: str | None = None,
         device: str = "cpu",
         dtype: str = "float32",
@@ -48,7 +49,7 @@ class TorchPipeline:
         """Load, and compile if wanted.
 
         Args:
-            base, adapter, controlnet, device, dtype: see `DiffusersPipeline`.
+            base, adapter, image_encoder, controlnet, device, dtype: see `DiffusersPipeline`.
             is_compiled: pass UNet, ControlNet and the VAE's decoder through `torch.compile`, weights frozen on a CPU.
         """
         quiet_libraries()
@@ -57,6 +58,7 @@ class TorchPipeline:
         self._theirs = DiffusersPipeline(
             Path(base),
             None if adapter is None else Path(adapter),
+            image_encoder=None if image_encoder is None else Path(image_encoder),
             controlnet=None if controlnet is None else Path(controlnet),
             device=device,
             dtype=dtype,

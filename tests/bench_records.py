@@ -32,7 +32,16 @@ ORIGIN = Origin(
 )
 SETTING: dict[str, Any] = {
     **{"model": "demo", "model_title": "the demo model", "task": "variation", "images": 2, "unet_batch": 4},
-    **{"height": 64, "width": 72, "steps": 25, "scheduler": "ddim", "guidance_scale": 3.5, "pairs": 9, "threads": 2},
+    **{
+        "height": 64,
+        "width": 72,
+        "steps": 25,
+        "unet_calls": 25,
+        "scheduler": "ddim",
+        "guidance_scale": 3.5,
+        "pairs": 9,
+        "threads": 2,
+    },
 }
 
 

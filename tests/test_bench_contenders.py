@@ -45,7 +45,7 @@ def test_a_block_is_so_many_steps(
     setting = setting_of(task, images=2, control=control)
     batches: dict[str, list[int]] = {"theirs": [], "ours": []}
 
-    theirs = TorchPipeline(str(tiny_base), str(tiny_adapter_file), asdict(setting), folder)
+    theirs = TorchPipeline(str(tiny_base), str(tiny_adapter_file), asdict(setting), controlnet=folder)
     hook = lambda module, given, kwargs: batches["theirs"].append(len(given[0]))  # noqa: E731
     theirs._theirs.pipe.unet.register_forward_pre_hook(hook, with_kwargs=True)
     seconds, device_seconds = theirs.block()
