@@ -11,17 +11,16 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import click
 from PIL import Image
 from tqdm import tqdm
 
+from ipa.benchmarks.command import Command
 from ipa.benchmarks.quality_sheets import Row, contact_sheet, save_sheet
 from ipa.engines.bundle import hash_file
 from ipa.engines.errors import IpaError
@@ -63,18 +62,7 @@ def table(scores: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
-class _Command(click.Command):
-    """Turns what the user can act on into one line and exit code 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except IpaError as error:
-            click.echo(f"demo_quality: {error}", err=True)
-            sys.exit(2)
-
-
-@click.command(cls=_Command)
+@click.command("demo_quality", cls=Command)
 @click.option("--bundle", type=click.Path(path_type=Path), default=None, help="Default: the demo bundle.")
 @click.option("--steps", type=COUNT, default=25, show_default=True, help="DDIM steps.")
 @click.option("--guidance-scale", type=float, default=None, help="Default: the bundle's.")
