@@ -29,7 +29,7 @@ def test_the_demo_by_pytorch_draws_what_the_bundle_draws(tmp_path: Path) -> None
     assert engine.clip_i.value > base.clip_i.value  # it shows what the adapter does
     assert engine.clip_t is None and "CLIP-T" in [row.name for row in found.not_measured]
     assert list(engine.rates) == ["foreground colour", "background colour", "both colours", "texture", "shape"]
-    assert engine.rates["both colours"] > base.rates["both colours"]
+    assert engine.rates["both colours"].value > base.rates["both colours"].value
     # What was made is kept.
     pipeline, adapter = restored_demo(Bundle.open(demo_bundle()), tmp_path / "models" / "demo")
     before = {file: file.stat().st_mtime_ns for file in [adapter, *pipeline.rglob("*")]}
