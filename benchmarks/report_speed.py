@@ -38,7 +38,7 @@ LEAD = (
 )
 STAGES = {"text": "text encoder", "image": "image encoder", "adapter": "IP-Adapter", "vae_decoder": "VAE decoder"}
 RATES = {"matmul_gflops": ("matrix product,", "GFLOP/s"), "bandwidth_gb_per_second": ("memory bandwidth", "GB/s")}
-NONE = "none in this run"
+NONE, IN_STEP = "none in this run", "in the step"
 FEW = 5  # rounds: the range of fewer covers a median less often than 95 times in 100
 NO_DIFFERENCE = "no difference that this run could tell"
 
@@ -195,6 +195,8 @@ def _whole(record: SpeedRecord) -> Table:
     rows = []
     for row in record.contenders:
         times = [units[stage][2](row.stage_seconds.get(stage)) for stage in stages]
+        if "adapter" in stages and "adapter" not in row.stage_seconds:
+            times[stages.index("adapter")] = IN_STEP
         rows.append((row.name, figure(row.seconds_per_image), figure(row.images_per_second), *times))
     names = (f"{STAGES.get(stage, stage.replace('_', ' '))}, {units[stage][0]}" for stage in stages)
     columns = ("Contender", "Seconds per image", "Images per second", *names)
