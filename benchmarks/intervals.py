@@ -28,6 +28,11 @@ class Interval:
     high: float
     count: int
 
+    @property
+    def width(self) -> float:
+        """From end to end."""
+        return self.high - self.low
+
     def covers(self, value: float) -> bool:
         """Whether `value` is not ruled out."""
         return self.low <= value <= self.high

@@ -11,7 +11,7 @@ from ipa.benchmarks.entries import plain_engine, torch_entry
 from ipa.benchmarks.full_size import PLUS_TOKENS, TOKENS
 from ipa.benchmarks.intervals import bootstrap
 from ipa.benchmarks.models import Models, write_merged, write_plus_adapter
-from ipa.benchmarks.pairing import first_seconds, measure, second_seconds
+from ipa.benchmarks.pairing import first_seconds, measure_closely, second_seconds
 from ipa.benchmarks.plain_graph import DESCRIPTION, graph_for, write_hoisted_graph, write_ordinary_graph
 from ipa.benchmarks.processes import ContenderError, ContenderProcess, Entry
 from ipa.benchmarks.progress import Progress
@@ -86,6 +86,7 @@ def measure_overhead(
     """Time each row's two sides in rounds A B B A.
 
     Args:
+        rounds: of each row; more where the cost is not known to 1 % by then, see `measure_closely`.
         found, missing: are added to row by row, so that an interruption leaves what was measured.
     """
     for row in rows:
@@ -95,7 +96,7 @@ def measure_overhead(
             with ContenderProcess(row.with_image) as with_image, ContenderProcess(row.without) as without:
                 with_image.warm()
                 without.warm()
-                quads = measure(with_image.block, without.block, rounds, lambda: progress(None, 1))
+                quads = measure_closely(with_image.block, without.block, rounds, lambda: progress(None, 1))
         except ContenderError as error:
             missing.append(NotMeasured(f"cost of the image prompt: {name}", str(error)))
             continue

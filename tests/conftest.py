@@ -260,6 +260,14 @@ def other_vae(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return another_vae(tiny_base, tmp_path_factory.mktemp("vae"))
 
 
+@pytest.fixture(scope="session")
+def eyes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models that look at pictures, data in COCO's layout, and a pipeline without an image encoder."""
+    from tiny_eyes import all_eyes
+
+    return all_eyes(tmp_path_factory.mktemp("eyes"))
+
+
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
     """An image prompt."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ipa.benchmarks.intervals import bootstrap
-from ipa.benchmarks.pairing import MAX_WARM_UP, Quad, measure, ratio, second_seconds, settle
+from ipa.benchmarks.pairing import CLOSE, MAX_WARM_UP, Quad, measure, measure_closely, ratio, second_seconds, settle
 
 
 def drifting(rng: np.random.Generator, noise: float, drift: float) -> Callable[[float], Callable[[], float]]:
@@ -38,6 +38,22 @@ def test_the_order_is_a_b_b_a() -> None:
     measure(*blocks, 2, lambda: done.append(len(ran)))
     assert "".join(ran) == "ABBAABBA"
     assert done == list(range(1, 9))
+
+
+@pytest.mark.parametrize(("noise", "rounds"), [(0.0, {5}), (0.02, set(range(6, 20))), (0.2, {20})])
+def test_a_close_look_takes_the_rounds_that_it_needs(noise: float, rounds: set[int]) -> None:
+    contender = drifting(np.random.default_rng(1), noise, 0.002)
+    quads = measure_closely(contender(1.01), contender(1.0), 5)
+    assert len(quads) in rounds
+    assert (ratio(quads).width <= 2 * CLOSE) == (len(quads) < 20)
+
+
+def test_a_close_look_covers_the_truth_although_it_chooses_its_end() -> None:
+    trials, hits = 200, 0
+    for seed in range(trials):
+        contender = drifting(np.random.default_rng(seed), 0.02, 0.002)
+        hits += ratio(measure_closely(contender(1.0), contender(1.0), 5)).covers(1.0)
+    assert hits / trials > 0.85  # of medians, see below; the end costs some more
 
 
 @pytest.mark.parametrize("truth", [1.0, 1.3])

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -14,45 +11,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
 import torchmetrics.image.fid
-from click.testing import CliRunner, Result
 from PIL import Image, ImageOps
-from tiny_eyes import Extractor, coco, stand_in_for_inception, tiny_clip, tiny_dino
+from quality_calls import SMALL, bench_quality
+from tiny_eyes import Extractor, stand_in_for_inception
 
 from ipa.benchmarks import quality_arms, quality_lpips, quality_measure, quality_models
-from ipa.benchmarks.bundle_origin import source_folder, torch_obstacle
-from ipa.benchmarks.cli import main
 from ipa.benchmarks.diffusers_pipeline import DiffusersPipeline
-from ipa.benchmarks.quality_lpips import alexnet_features
 from ipa.benchmarks.quality_metrics import psnr
 from ipa.benchmarks.records import QualityRecord, read_record
-from ipa.engines.bundle import Bundle, hash_file
-from ipa.engines.errors import IpaError
-from ipa.engines.manifest import LoraRecord, SourceRecord
+from ipa.engines.bundle import hash_file
 from ipa.runtime.image_files import open_image
 from ipa.runtime.pipeline import Pipeline
-
-SMALL = ["--height", "64", "--width", "64", "--steps", "2", "--guidance-scale", "3", "--engine", "onnxruntime"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models that look at pictures, and data in COCO's layout."""
-    folder = tmp_path_factory.mktemp("eyes")
-    tiny_clip(folder / "clip"), tiny_dino(folder / "dino"), coco(folder / "data")
-    (folder / "bare").mkdir()
-    (folder / "bare" / "model_index.json").write_text("{}")
-    convolutions = alexnet_features().state_dict()
-    torch.save({f"features.{name}": one for name, one in convolutions.items()}, folder / "lpips")
-    return {name: folder / name for name in ("clip", "dino", "data", "bare", "lpips")}
-
-
-def run(output: Path, *arguments: object) -> Result:
-    return CliRunner().invoke(main, ["quality", "--output", str(output), *map(str, arguments)])
 
 
 def record(output: Path) -> QualityRecord:
@@ -68,25 +41,25 @@ def figures(output: Path) -> QualityRecord:
     return replace(found, origin=replace(found.origin, command="", created=""), arms=arms)
 
 
-def all_options(bundle: Path, base: Path, adapter: Path, models: dict[str, Path]) -> tuple[list[object], list[object]]:
+def all_options(bundle: Path, base: Path, adapter: Path, eyes: dict[str, Path]) -> tuple[list[object], list[object]]:
     """Every arm; every model that looks at pictures but Inception."""
     options = ["--bundle", bundle, "--base", base, "--adapter", adapter, "--sweep", "1,0", *SMALL]
-    eyes = ["--data", models["data"], "--clip", models["clip"], "--dino", models["dino"], "--lpips", models["lpips"]]
-    return [*options, "--samples", 2], eyes
+    looks = ["--data", eyes["data"], "--clip", eyes["clip"], "--dino", eyes["dino"], "--lpips", eyes["lpips"]]
+    return [*options, "--samples", 2], looks
 
 
 def test_engine_pytorch_and_base(
     tiny_bundle: Path,
     tiny_base: Path,
     tiny_adapter_file: Path,
-    models: dict[str, Path],
+    eyes: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options, more = all_options(tiny_bundle, tiny_base, tiny_adapter_file, models)
+    options, more = all_options(tiny_bundle, tiny_base, tiny_adapter_file, eyes)
     monkeypatch.setattr(quality_measure, "inception_obstacle", lambda: "")
     more += ["--inception", stand_in_for_inception(monkeypatch, tmp_path)]
-    result = run(tmp_path, *options, *more)
+    result = bench_quality(tmp_path, *options, *more)
     assert result.exit_code == 0, result.output
     found = record(tmp_path)
     engine, theirs, base = found.arms
@@ -119,14 +92,14 @@ def test_engine_pytorch_and_base(
     assert setting["engine_version"] == version("onnxruntime") and setting["engine_dtype"] == "float32"
     assert setting["torch"] == "cpu float32" or torch.cuda.is_available()
     assert (setting["base"], setting["adapter"]) == (str(tiny_base), str(tiny_adapter_file))
-    sums = {"adapter_sha256": tiny_adapter_file, "lpips_sha256": models["lpips"]}
+    sums = {"adapter_sha256": tiny_adapter_file, "lpips_sha256": eyes["lpips"]}
     sums["inception_sha256"] = Path(str(more[-1]))
     assert {name: setting[name] for name in sums} == {name: hash_file(file) for name, file in sums.items()}
     assert len({setting[name] for name in ("base_sha256", "clip_sha256", "dino_sha256", "unet_files_sha256")}) == 4
     assert difference.lpips is not None and 0 <= difference.lpips.value < 1e-3
     metric = torchmetrics.image.fid.FrechetInceptionDistance(Extractor())
     for number in (10, 11, 12):
-        image = open_image(models["data"] / "val2017" / f"{number:012}.jpg")
+        image = open_image(eyes["data"] / "val2017" / f"{number:012}.jpg")
         metric.update(as_batch(ImageOps.fit(image, (64, 64), Image.Resampling.BICUBIC)), real=True)
         for sample in (0, 1):
             metric.update(as_batch(Image.open(tmp_path / "pictures/engine" / f"{number:012}-{sample}.png")), real=False)
@@ -156,13 +129,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_figures(
     tiny_bundle: Path,
     tiny_base: Path,
     tiny_adapter_file: Path,
-    models: dict[str, Path],
+    eyes: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = [*chain(*all_options(tiny_bundle, tiny_base, tiny_adapter_file, models)), "--limit", 2]
+    options = [*chain(*all_options(tiny_bundle, tiny_base, tiny_adapter_file, eyes)), "--limit", 2]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(whole, *options).exit_code == 0
+    assert bench_quality(whole, *options).exit_code == 0
     stops: list[tuple[type, str, int]] = [
         (DiffusersPipeline, "draw", 1),
         (Pipeline, "run", 3),  # without image prompt
@@ -174,10 +147,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_figures(
     for cls, name, calls in stops:
         with monkeypatch.context() as patch:
             patch.setattr(cls, name, failing(calls, getattr(cls, name)))
-            result = run(parts, *options)
+            result = bench_quality(parts, *options)
         assert (result.exit_code, result.output) == (130, "ipa-bench: stopped; the same command goes on from here\n")
         assert not list(parts.rglob(".*"))
-    assert run(parts, *options).exit_code == 0
+    assert bench_quality(parts, *options).exit_code == 0
     assert figures(parts) == figures(whole)
     drawn = sorted(file.relative_to(whole) for file in (whole / "pictures").rglob("*.png"))
     assert len(drawn) == 3 * 2 * 2 + 2 * 2
@@ -188,7 +161,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_figures(
     monkeypatch.setattr(DiffusersPipeline, "__init__", failing(0, DiffusersPipeline.__init__))
     for cls in (quality_models.Clip, quality_models.Dino):
         monkeypatch.setattr(cls, "image", failing(0, cls.image))
-    assert run(parts, *options).exit_code == 0
+    assert bench_quality(parts, *options).exit_code == 0
     assert figures(parts) == figures(whole)
 
 
@@ -196,15 +169,15 @@ def test_pictures_of_other_settings_are_refused_or_drawn_anew(
     tiny_bundle: Path,
     tiny_base: Path,
     tiny_adapter_file: Path,
-    models: dict[str, Path],
+    eyes: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = ["--bundle", tiny_bundle, "--data", models["data"], "--clip", models["clip"], "--samples", 1, *SMALL]
-    assert run(tmp_path, *options, "--limit", 2).exit_code == 0
+    options = ["--bundle", tiny_bundle, "--data", eyes["data"], "--clip", eyes["clip"], "--samples", 1, *SMALL]
+    assert bench_quality(tmp_path, *options, "--limit", 2).exit_code == 0
 
     def refused(*more: object) -> str:
-        result = run(tmp_path, *options, *more)
+        result = bench_quality(tmp_path, *options, *more)
         assert result.exit_code == 2 and result.output.count("\n") == 1
         assert result.output.endswith("; choose another --output, or start over with --force\n")
         return result.output
@@ -223,11 +196,11 @@ def test_pictures_of_other_settings_are_refused_or_drawn_anew(
     for part in ("model_index.json", "image_encoder/config.json"):
         (base / part).parent.mkdir(parents=True, exist_ok=True)
         (base / part).write_bytes((tiny_base / part).read_bytes())
-    failed = run(tmp_path, *options, "--force", "--base", base, "--adapter", tiny_adapter_file)
+    failed = bench_quality(tmp_path, *options, "--force", "--base", base, "--adapter", tiny_adapter_file)
     assert failed.exit_code == 2 and f"diffusers cannot load {base}" in failed.output
     assert kept and kept == sorted((tmp_path / "pictures").rglob("*.png"))
     monkeypatch.setattr(Pipeline, "run", failing(0, Pipeline.run))
-    stopped = run(tmp_path, *options, "--steps", 3, "--force")
+    stopped = bench_quality(tmp_path, *options, "--steps", 3, "--force")
     assert stopped.exit_code == 130  # it draws
     assert stopped.output == "ipa-bench: stopped; the same command without --force goes on from here\n"
     assert not list((tmp_path / "pictures").rglob("*.png"))
@@ -237,7 +210,7 @@ def test_pytorch_that_fails_is_not_measured(
     tiny_bundle: Path,
     tiny_base: Path,
     tiny_adapter_file: Path,
-    models: dict[str, Path],
+    eyes: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -252,7 +225,7 @@ def test_pytorch_that_fails_is_not_measured(
     monkeypatch.setattr(DiffusersPipeline, "draw", full)
     options = ["--bundle", tiny_bundle, "--base", base, "--adapter", tiny_adapter_file, "--limit", 1, *SMALL]
     options += ["--image-encoder", encoder]
-    result = run(tmp_path, *options, "--data", models["data"], "--clip", models["clip"], "--samples", 1)
+    result = bench_quality(tmp_path, *options, "--data", eyes["data"], "--clip", eyes["clip"], "--samples", 1)
     assert result.exit_code == 0, result.output
     found = record(tmp_path)
     assert [arm.name for arm in found.arms] == ["engine", "base"] and found.differences == []
@@ -261,109 +234,13 @@ def test_pytorch_that_fails_is_not_measured(
     assert not {"torch", "base", "adapter", "image_encoder"} & set(found.setting)
 
 
-def test_what_a_base_folder_does_not_have_is_an_obstacle(tiny_bundle: Path) -> None:
-    manifest = Bundle.open(tiny_bundle).manifest
-    assert torch_obstacle(manifest) == ""
-    vae = SourceRecord("vae.safetensors", "0")
-    changed = replace(manifest, clip_skip=1, loras=(LoraRecord("a", "0", 1.0),), sources={"vae": vae})
-    expected = "the bundle was made with a VAE of its own, LoRAs, clip_skip, which --base DIR does not have"
-    assert torch_obstacle(changed) == expected
-
-
-def test_ids_of_the_hub_are_looked_up_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(IpaError, match="--image-encoder an/encoder/models: no such folder, and the Hub's cache"):
-        source_folder("--image-encoder", "an/encoder/models", "config.json")
-    cached = tmp_path / "models--an--encoder"
-    folder = cached / "snapshots" / ("0" * 40) / "models"
-    folder.mkdir(parents=True), (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("0" * 40)
-    (folder / "config.json").write_text("{}")
-    assert source_folder("--image-encoder", "an/encoder/models", "config.json") == folder
-    assert source_folder("--base", str(folder), "model_index.json") == folder
-
-
-def test_inception_that_cannot_be_used_is_refused(
-    tiny_bundle: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quality_models, "find_spec", lambda name: None)
-    options = ["--bundle", tiny_bundle, "--data", models["data"], "--clip", models["clip"], *SMALL]
-    result = run(tmp_path, *options, "--inception", "weights.pth")
-    expected = "ipa-bench: --inception weights.pth: torch-fidelity is not installed: `pip install torch-fidelity`\n"
-    assert (result.exit_code, result.output) == (2, expected)
-    assert not (tmp_path / "pictures").exists()
-
-
-@pytest.mark.parametrize("command", ["speed", "quality", "report --records ."])
-def test_without_its_extra_it_names_the_extra(command: str, tmp_path: Path) -> None:
-    extras = ("torch", "transformers", "diffusers", "jinja2", "matplotlib", "pydantic", "torchmetrics", "onnx", "tqdm")
-    code = f"import sys; sys.modules |= dict.fromkeys({extras!r}); from ipa.benchmarks.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command.split(), "--output", str(tmp_path)], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"ipa-bench: \w+ is missing: pip install 'ipa-runtime\[bench\]'\n", done.stderr), done.stderr
-
-
-BAD: dict[str, tuple[list[str], str]] = {
-    "no data": (["--clip", "{clip}"], "--bundle {bundle} needs --data and --clip"),
-    "data that is not there": (["--data", "{data}/x", "--clip", "{clip}"], "--data {data}/x: no such file or folder"),
-    "data without captions": (["--data", "{clip}", "--clip", "{clip}"], "expected COCO's val2017/"),
-    "another model than CLIP": (["--data", "{data}", "--clip", "{dino}"], "model_type 'vit', expected clip"),
-    "base alone": (["--data", "{data}", "--clip", "{clip}", "--base", "{clip}"], "--base {clip} needs --adapter FILE"),
-    "adapter alone": (["--data", "{data}", "--clip", "{clip}", "--adapter", "x"], "needs --base DIR, too"),
-    "no pipeline": (
-        ["--data", "{data}", "--clip", "{clip}", "--base", "{clip}", "--adapter", "x"],
-        "--base {clip}: has no model_index.json",
-    ),
-    "no image encoder": (
-        ["--data", "{data}", "--clip", "{clip}", "--base", "{bare}", "--adapter", "{adapter}"],
-        "--base {bare} has no image_encoder; add --image-encoder DIR",
-    ),
-    "another adapter": (
-        ["--data", "{data}", "--clip", "{clip}", "--base", "{base}", "--adapter", "{base}/model_index.json"],
-        "but adapter 'tiny' of {bundle} was made of one with",
-    ),
-    "image encoder alone": (["--data", "{data}", "--clip", "{clip}", "--image-encoder", "x"], "needs --base DIR, too"),
-    "LPIPS without PyTorch": (
-        ["--data", "{data}", "--clip", "{clip}", "--lpips", "{lpips}"],
-        "--lpips compares with PyTorch's pictures: add --base DIR --adapter FILE, or leave it out",
-    ),
-    "image root of COCO": (["--data", "{data}", "--clip", "{clip}", "--image-root", "x"], "not with --data {data}"),
-    "no steps": (["--data", "{data}", "--clip", "{clip}", "--steps", "5000"], "num_inference_steps (--steps) is 5000"),
-    "no engine": (["--data", "{data}", "--clip", "{clip}", "--engine", "steam"], "steam"),
-    "no numbers": (["--data", "{data}", "--clip", "{clip}", "--sweep", "0,a"], "'0,a' is no list of numbers"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_message(
-    name: str, tiny_bundle: Path, tiny_base: Path, tiny_adapter_file: Path, models: dict[str, Path], tmp_path: Path
-) -> None:
-    given = {**models, "bundle": tiny_bundle, "base": tiny_base, "adapter": tiny_adapter_file}
-    places = {key: str(path) for key, path in given.items()}
-    arguments, message = BAD[name]
-    result = run(tmp_path / "out", "--bundle", tiny_bundle, *(argument.format(**places) for argument in arguments))
-    assert result.exit_code == 2 and message.format(**places) in result.output, result.output
-    assert "Traceback" not in result.output
-    if "Usage:" not in result.output:
-        assert result.output.startswith("ipa-bench: ") and result.output.count("\n") == 1
-
-
-def test_an_output_that_is_a_file_is_one_message(tiny_bundle: Path, models: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("")
-    result = run(tmp_path / "out", "--bundle", tiny_bundle, "--data", models["data"], "--clip", models["clip"])
-    assert result.exit_code == 2 and result.output.count("\n") == 1
-    assert result.output.startswith(f"ipa-bench: {tmp_path}/out") and "Not a directory" in result.output
-
-
 def test_texts_can_be_left_out(
-    tiny_bundle: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, eyes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--bundle", tiny_bundle, "--data", models["data"], "--clip", models["clip"], "--limit", 1, *SMALL]
+    options = ["--bundle", tiny_bundle, "--data", eyes["data"], "--clip", eyes["clip"], "--limit", 1, *SMALL]
     monkeypatch.setattr(quality_measure, "inception_obstacle", lambda: "")
     options += ["--inception", stand_in_for_inception(monkeypatch, tmp_path)]
-    assert run(tmp_path, *options, "--samples", 1, "--image-only").exit_code == 0
+    assert bench_quality(tmp_path, *options, "--samples", 1, "--image-only").exit_code == 0
     settings = {
         arm: json.loads((tmp_path / "pictures" / arm / "settings.json").read_text()) for arm in ("engine", "base")
     }

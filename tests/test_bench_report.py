@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,9 @@ from bench_records import (
     speed,
     write,
 )
-from click.testing import CliRunner
 
-from ipa.benchmarks.cli import main
 from ipa.benchmarks.intervals import Interval
 from ipa.benchmarks.records import Difference, Gap, NotMeasured, QualityRecord, Sweep
-from ipa.benchmarks.report_numbers import figure, signed, spread
 from ipa.benchmarks.report_pages import read_records, write_report
 
 # Of the two full records, as a reader wants them: from their numbers by hand.
@@ -278,91 +274,3 @@ def test_records_of_several_folders_and_equal_names(tmp_path: Path) -> None:
     first, second = (write(tmp_path / name, run=speed(BASELINE)) for name in "ab")
     page = write_report(read_records([first, second, first]), tmp_path / "o")[1].read_text("utf-8")
     assert re.findall(r'<h2 id="([^"]+)"', page) == ["run", "run-2", "what-the-words-mean"]
-
-
-def damaged(**fields: Any) -> str:
-    return json.dumps({"kind": "speed", "format_version": 1, **asdict(FULL_SPEED), **fields})
-
-
-def no_sheet(name: str) -> str:
-    sweep = asdict(Sweep(1, 1, [1.0], [Interval(0.5, 0.5, 0.5, 1)], None, name))
-    return json.dumps({"kind": "quality", "format_version": 2, **asdict(FULL_QUALITY), "sweep": sweep})
-
-
-def nested(depth: int) -> Any:
-    found: Any = 1
-    for _ in range(depth):
-        found = [found]
-    return found
-
-
-WRONG = {
-    "no JSON": ("{", "cannot be read as a record"),
-    "nested too deeply": ("[" * 100_000, "cannot be read as a record"),
-    "settings nested too deeply": (json.dumps({"kind": "speed", "x": nested(700)}), "is nested too deeply"),
-    "something is missing": ('{"kind": "speed", "format_version": 1}', "'origin'"),
-    "a newer format": ('{"kind": "quality", "format_version": 99}', "format 99"),
-    "no number": (damaged(null=asdict(Interval(1, float("nan"), 1, 9))), "'null.low' is nan"),
-    "no text": (damaged(baseline="\ud800"), "'baseline' is '\\ud800'"),
-    "no time": (damaged(contenders=[asdict(contender("x", 0.25))]), "the step of 'x' takes 0.25 s (0.0 to 0.5)"),
-    "twice": (damaged(contenders=[asdict(BASELINE)] * 2), "'torch-eager' is there more than once"),
-    "another sweep": (no_sheet("sweep.png").replace('"clip_t": null, "sheet"', '"clip_t": [], "sheet"'), "0 clip_t"),
-    "no sheet": (no_sheet("gone.png"), "no contact sheet 'gone.png'"),
-    "a sheet elsewhere": (no_sheet("../r/sweep.png"), "no contact sheet '../r/sweep.png'"),
-    "a sheet that is none": (no_sheet("other.json"), "cannot be read as PNG, JPEG or WebP"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_damaged_records_are_one_message(case: str, tmp_path: Path) -> None:
-    text, message = WRONG[case]
-    folder = write(tmp_path / "r")
-    (folder / "record.json").write_text(text)
-    assert_refused(["--records", str(folder), "--output", str(tmp_path / "o")], message)
-    assert not (tmp_path / "o").exists()
-
-
-def test_wrong_folders_are_one_message(records: Path, tmp_path: Path) -> None:
-    assert_refused(["--records", str(tmp_path / "gone"), "--output", str(tmp_path / "o")], "is no folder")
-    (tmp_path / "empty").mkdir()
-    assert_refused(["--records", str(tmp_path / "empty"), "--output", str(tmp_path / "o")], "no record;")
-    assert_refused(["--records", str(write(tmp_path / "r")), "--output", str(tmp_path / "o")], "(1 JSON files of other")
-    (tmp_path / "file").touch()
-    assert_refused(["--records", str(records), "--output", str(tmp_path / "file")], "cannot be written")
-
-
-def assert_refused(arguments: list[str], message: str) -> None:
-    done = CliRunner().invoke(main, ["report", *arguments])
-    assert done.exit_code == 2, done.output
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (1.504, "1.50"),
-        (9.996, "10.0"),
-        (7911.9, "7,910"),
-        (0.012349, "0.0123"),
-        (-0.5, "-0.500"),
-        (2e-7, "0.000000200"),
-    ],
-)
-def test_three_digits(value: float, text: str) -> None:
-    assert figure(value) == text
-
-
-def test_an_end_beside_one_does_not_look_like_one() -> None:
-    assert spread(Interval(1.02, 1.001, 1.04, 9), 1) == "1.020 (1.001 to 1.040)"
-    assert spread(Interval(1.02, 1.001, 1.04, 9)) == "1.02 (1.00 to 1.04)"
-    assert spread(Interval(0.00805, -0.1642, 0.19654, 9)) == "0.008 (-0.164 to 0.197)"
-    assert spread(Interval(1.02, 1.02, 1.02, 1), 1) == "1.02 (measured once)"
-
-
-def test_differences_have_signs() -> None:
-    assert signed(Interval(0.26, 0.2431, 0.2778, 64)) == "+0.260 (+0.243 to +0.278)"
-    assert signed(Interval(0.02, 0.0001, 0.04, 64)) == "+0.0200 (+0.0001 to +0.0400)"
-    assert signed(Interval(0.0, 0.0, 0.0, 64)) == "0 (0 to 0)"
-    assert signed(Interval(-1e-9, -2e-9, 1e-9, 64)) == "0.000000 (0.000000 to 0.000000)"
-    assert signed(Interval(0.5, 0.5, 0.5, 1)) == "+0.500 (one pair)"

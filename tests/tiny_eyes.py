@@ -22,6 +22,8 @@ from transformers import (
     ViTModel,
 )
 
+from ipa.benchmarks.quality_lpips import alexnet_features
+
 SIDE = 32
 
 
@@ -101,3 +103,13 @@ def _saved(model: Any, folder: Path, *parts: Any) -> Any:
     for part in (model, CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size), *parts):
         part.save_pretrained(folder)
     return model.eval()
+
+
+def all_eyes(folder: Path) -> dict[str, Path]:
+    """`clip`, `dino` and `lpips`, `data` in COCO's layout, and `bare`, a pipeline of which nothing is there."""
+    tiny_clip(folder / "clip"), tiny_dino(folder / "dino"), coco(folder / "data")
+    (folder / "bare").mkdir()
+    (folder / "bare" / "model_index.json").write_text("{}")
+    convolutions = alexnet_features().state_dict()
+    torch.save({f"features.{name}": one for name, one in convolutions.items()}, folder / "lpips")
+    return {name: folder / name for name in ("clip", "dino", "data", "bare", "lpips")}
