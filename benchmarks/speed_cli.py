@@ -64,12 +64,13 @@ def speed(
     Writes OUTPUT/speed_MODEL_TASK.json, which `ipa-bench report` makes a page of; what differs from the defaults, such
     as the resolution, is in its name.
     """
-    from ipa.benchmarks.bundle_origin import source_folder
-    from ipa.benchmarks.speed import measure_speed
-    from ipa.benchmarks.speed_options import SpeedOptions
     from ipa.export.quiet import quiet_libraries
 
     quiet_libraries()
+    from ipa.benchmarks.bundle_origin import source_folder
+    from ipa.benchmarks.speed import measure_speed
+    from ipa.benchmarks.speed_options import SpeedOptions
+
     options = SpeedOptions(
         model=model,
         output=output,

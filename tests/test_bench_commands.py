@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,14 @@ def test_a_bundle_that_is_none_is_told_in_one_line(command: str, tmp_path: Path)
     result = CliRunner().invoke(module.main, ["--bundle", place, *options])
     assert result.exit_code == 2, result.output
     assert result.output.startswith(f"{command}: ") and len(result.output.splitlines()) == 1
+
+
+def test_libraries_are_quiet_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """They talk while they are imported, which happened long ago in the tests' own process."""
+    code = "from ipa.benchmarks.cli import main; main()"
+    command = [sys.executable, "-c", code, "speed", "--engine", "warp", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_gpu_check_tells_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
