@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ipa.benchmarks.intervals import Interval, bootstrap
-from ipa.benchmarks.pairing import Quad, first_seconds, measure, ratio, second_seconds
+from ipa.benchmarks.pairing import Quad, measure, ratio, second_seconds
 from ipa.benchmarks.processes import ContenderError, ContenderProcess, Entry
 from ipa.benchmarks.progress import Progress
 from ipa.benchmarks.records import NotMeasured, Speed
@@ -82,29 +82,32 @@ class SpeedRun:
                 with ContenderProcess(baseline) as again:
                     again.warm()
                     quads = self._rounds(first, again, itself)
-                outcome.null, block = ratio(quads), first_seconds(quads)
+                outcome.null, blocks = ratio(quads), _of_first(quads)
             except ContenderError as error:  # no room for two of them, say
                 if first.has_failed:
                     raise
                 outcome.not_measured.append(NotMeasured(itself, str(error)))
-                block = bootstrap([first.block() for _ in range(2 * self._pairs)])
+                blocks = [first.block() for _ in range(2 * self._pairs)]
             memory.append(self._device_memory())
             device = _largest_difference(memory, used)
-            outcome.contenders.append(self._speed(baseline, first, block, None, stages, device))
+            outcome.contenders.append(self._speed(baseline, first, bootstrap(blocks), None, stages, device))
             waiting.pop(0)
             while waiting:
                 try:
-                    outcome.contenders.append(self._other(first, waiting[0]))
+                    other, quads = self._other(first, waiting[0])
+                    outcome.contenders.append(other)
+                    waiting.pop(0)
+                    blocks += _of_first(quads)  # the machine drifts: the baseline's seconds are those of the whole run
+                    outcome.contenders[0] = self._speed(baseline, first, bootstrap(blocks), None, stages, device)
                 except ContenderError as error:
                     if first.has_failed:
                         reason = f"the baseline failed meanwhile, and there is nothing to compare with: {error}"
                         outcome.not_measured += [NotMeasured(one.name, reason) for one in waiting]
                         waiting.clear()
                         return
-                    outcome.not_measured.append(NotMeasured(waiting[0].name, str(error)))
-                waiting.pop(0)
+                    outcome.not_measured.append(NotMeasured(waiting.pop(0).name, str(error)))
 
-    def _other(self, first: ContenderProcess, entry: Entry) -> Speed:
+    def _other(self, first: ContenderProcess, entry: Entry) -> tuple[Speed, list[Quad]]:
         used = self._device_memory()
         self._progress(f"{entry.name}: warm-up", 0)
         with ContenderProcess(entry) as second:
@@ -115,7 +118,7 @@ class SpeedRun:
             stages = self._stages(second)
             memory.append(self._device_memory())
             device = _largest_difference(memory, used)
-            return self._speed(entry, second, second_seconds(quads), ratio(quads), stages, device)
+            return self._speed(entry, second, second_seconds(quads), ratio(quads), stages, device), quads
 
     def _rounds(self, first: ContenderProcess, second: ContenderProcess, name: str) -> list[Quad]:
         self._progress(name, 0)
@@ -163,6 +166,10 @@ class SpeedRun:
             warm_up_blocks=len(process.warm_up.seconds),
             is_settled=process.warm_up.is_settled,
         )
+
+
+def _of_first(quads: Sequence[Quad]) -> list[float]:
+    return [seconds for quad in quads for seconds in quad.first]
 
 
 def _largest_difference(readings: Sequence[float | None], before: float | None) -> float | None:
