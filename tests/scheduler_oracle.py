@@ -51,6 +51,7 @@ CLASSES: dict[str, Any] = {
     "ddpm": DDPMScheduler,
 }
 WITH_NOISE = ("euler-ancestral", "lcm", "ddpm")
+MULTISTEP = ("dpm++-2m", "unipc")
 
 # Stable Diffusion 1.5's own file.
 SD15 = {
@@ -85,6 +86,11 @@ ZERO_SNR = {
     "timestep_spacing": "trailing",
 }
 SPACINGS = ("leading", "linspace", "trailing")
+LEVELS: dict[str, dict[str, Any]] = {
+    "timesteps": {},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+}
 
 
 def model(latents: np.ndarray, timestep: float, index: int) -> np.ndarray:

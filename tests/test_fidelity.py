@@ -76,11 +76,12 @@ def reference_image() -> Image.Image:
     return Image.fromarray(((ramp + noise) % 256).astype(np.uint8))
 
 
-def run_diffusers(oracle: Any, image: Image.Image, request: Request, output_type: str) -> Any:
+def run_diffusers(oracle: Any, image: Image.Image | None, request: Request, output_type: str) -> Any:
     kind, options = SCHEDULERS[str(request.scheduler)]
     # From the file each time: the configuration of a live scheduler has kept options of those that it went through.
     oracle.scheduler = kind.from_pretrained(oracle.name_or_path, subfolder="scheduler", **options)
-    oracle.set_ip_adapter_scale(request.ip_adapter_scale)
+    if image is not None:
+        oracle.set_ip_adapter_scale(request.ip_adapter_scale)
     assert request.seed is not None
     return oracle(
         prompt=request.prompt,
@@ -154,6 +155,18 @@ def test_latents_of_every_scheduler_equal_diffusers(
 
 def test_every_scheduler_is_compared() -> None:
     assert tuple(SCHEDULERS) == SCHEDULER_NAMES
+
+
+def test_without_an_image_prompt(tiny_base: Path, pipeline: Pipeline) -> None:
+    plain = StableDiffusionPipeline.from_pretrained(tiny_base, local_files_only=True)
+    plain.set_progress_bar_config(disable=True)
+    request = make_request(None, ip_adapter_scale=None)
+    assert_same_latents(last_latents(pipeline, request), run_diffusers(plain, None, request, "latent"))
+
+
+def test_from_the_image_prompt_alone(oracle: Any, pipeline: Pipeline, reference_image: Image.Image) -> None:
+    request = make_request(reference_image, prompt="", negative_prompt="", ip_adapter_scale=1.0)
+    assert_same_latents(last_latents(pipeline, request), run_diffusers(oracle, reference_image, request, "latent"))
 
 
 def test_guidance_rescale(oracle: Any, pipeline: Pipeline, reference_image: Image.Image) -> None:

@@ -13,48 +13,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from diffusers import (
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
-from parity import TOLERANCE, assert_same_latents
-from PIL import Image
+from parity import assert_same_latents
 from transformers import CLIPTokenizer
+from xl_oracle import (
+    SIZES,
+    last_latents,
+    make_request,
+    opened,
+    picture,
+    relative_error,
+    run_diffusers,
+)
 
-from ipa.engines.bundle import Bundle
 from ipa.engines.errors import RequestError
 from ipa.runtime import Pipeline, Request
 from ipa.runtime.block_scales import PRESETS
 from ipa.runtime.tokenizer import Tokenizer
-
-STEPS = 5
-PROMPT, NEGATIVE = "a photo of a cat, on the grass!", "red dog"
-SCHEDULERS: dict[str, Any] = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
-SIZES = {"original_size": (96, 200), "crops_coords_top_left": (8, 24), "target_size": (128, 72)}
-
-
-def picture(seed: int, width: int = 72, height: int = 64) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 255, (5, 6, 3), dtype=np.uint8))
-    return small.resize((width, height), Image.Resampling.BILINEAR)
-
-
-def hole() -> Image.Image:
-    mask = np.zeros((64, 72, 3), np.uint8)
-    mask[10:50, 20:60] = 255
-    return Image.fromarray(mask)
-
-
-def opened(kind: Any, base: Path, adapter: Path | None) -> Any:
-    pipe = kind.from_pretrained(base, local_files_only=True, add_watermarker=False)
-    if adapter is not None:
-        pipe.load_ip_adapter(str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -66,67 +43,6 @@ def oracles(tiny_xl_base: Path, tiny_xl_files: dict[str, Path]) -> dict[str, Any
 def pipeline(tiny_xl_bundle: Path) -> Iterator[Pipeline]:
     with Pipeline.open(tiny_xl_bundle, engine="onnxruntime") as pipe:
         yield pipe
-
-
-def run_diffusers(oracle: Any, request: Request, output_type: str = "latent", **fields: Any) -> Any:
-    """diffusers' picture for a request; its negative prompt is `None` where ours is empty."""
-    kind = SCHEDULERS[str(request.scheduler)]
-    oracle.scheduler = kind.from_pretrained(oracle.name_or_path, subfolder="scheduler")
-    if request.ip_adapter_scale is not None:
-        scale = request.ip_adapter_scale
-        oracle.set_ip_adapter_scale(PRESETS[scale] if isinstance(scale, str) else scale)
-        fields["ip_adapter_image"] = request.image
-    sizes = {name: getattr(request, name) for name in SIZES if getattr(request, name) is not None}
-    assert request.seed is not None
-    return oracle(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt or None,
-        num_images_per_prompt=request.num_images,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        eta=request.eta,
-        generator=torch.Generator().manual_seed(request.seed),
-        output_type=output_type,
-        **sizes,
-        **fields,
-    ).images
-
-
-def make_request(**fields: Any) -> Request:
-    defaults: dict[str, Any] = {
-        "prompt": PROMPT,
-        "negative_prompt": NEGATIVE,
-        "image": picture(1),
-        "adapter": "base",
-        "num_inference_steps": STEPS,
-        "guidance_scale": 5.0,
-        "ip_adapter_scale": 0.8,
-        "seed": 11,
-        "height": 64,
-        "width": 64,
-        "scheduler": "euler",
-    }
-    return Request(**{**defaults, **fields})
-
-
-def last_latents(pipeline: Pipeline, request: Request) -> np.ndarray:
-    for step in pipeline.steps(request):
-        latents = step.latents
-    return latents
-
-
-def relative_error(ours: np.ndarray, theirs: Any) -> float:
-    expected = np.asarray(theirs)
-    assert ours.shape == expected.shape
-    assert ours.dtype == np.float32
-    return float(np.abs(ours - expected).max() / np.abs(expected).max())
-
-
-def assert_adapter_counts(pipeline: Pipeline, request: Request, found: np.ndarray) -> None:
-    """What the comparison with diffusers would not see: an image prompt that moves less than the tolerance."""
-    moved = relative_error(last_latents(pipeline, replace(request, ip_adapter_scale=0.0)), found)
-    print(f"moved by the image {moved:.1e}")
-    assert moved > 5 * TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -195,50 +111,6 @@ def test_scale_0_is_the_base_model_exactly(pipeline: Pipeline, tiny_xl_base: Pat
     np.testing.assert_array_equal(last_latents(pipeline, make_request(ip_adapter_scale=0.0)), found)
     plain = opened(StableDiffusionXLPipeline, tiny_xl_base, None)
     assert_same_latents(found, run_diffusers(plain, without, height=64, width=64))
-
-
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_image_to_image(
-    pipeline: Pipeline, tiny_xl_base: Path, tiny_xl_files: dict[str, Path], strength: float
-) -> None:
-    request = make_request(init_image=picture(2), strength=strength, height=None, width=None, **SIZES)
-    oracle = opened(StableDiffusionXLImg2ImgPipeline, tiny_xl_base, tiny_xl_files["base"])
-    expected = run_diffusers(oracle, request, image=request.init_image, strength=strength)
-    found = last_latents(pipeline, request)
-    assert_same_latents(found, expected)
-    assert_adapter_counts(pipeline, request, found)
-
-
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_inpainting(pipeline: Pipeline, tiny_xl_base: Path, tiny_xl_files: dict[str, Path], strength: float) -> None:
-    request = make_request(
-        init_image=picture(2), mask_image=hole(), strength=strength, height=64, width=72, num_images=2
-    )
-    oracle = opened(StableDiffusionXLInpaintPipeline, tiny_xl_base, tiny_xl_files["base"])
-    picture_fields = {"image": request.init_image, "mask_image": hole(), "strength": strength}
-    expected = run_diffusers(oracle, request, height=64, width=72, **picture_fields)
-    found = last_latents(pipeline, request)
-    assert_same_latents(found, expected)
-    assert_adapter_counts(pipeline, request, found)
-
-
-@pytest.mark.parametrize(("strength", "negative_prompt"), [(0.6, NEGATIVE), (1.0, "")])
-def test_inpainting_with_an_inpainting_model(
-    tiny_xl_inpainting: tuple[Path, Path], tiny_xl_files: dict[str, Path], strength: float, negative_prompt: str
-) -> None:
-    """It also encodes empty negative prompts, where others of the family take zeros."""
-    base, bundle = tiny_xl_inpainting
-    begin = {"mask_image": hole(), "strength": strength, "height": 64, "width": 72}
-    request = make_request(init_image=picture(2), num_images=2, negative_prompt=negative_prompt, **begin)
-    oracle = opened(StableDiffusionXLInpaintPipeline, base, tiny_xl_files["base"])
-    expected = run_diffusers(oracle, request, image=request.init_image, **begin)
-    with Pipeline.open(bundle, engine="onnxruntime") as pipe:
-        found = last_latents(pipe, request)
-        assert_same_latents(found, expected)
-        assert_adapter_counts(pipe, request, found)
-        zeros = Bundle(pipe.bundle.root, replace(pipe.manifest, force_zeros_for_empty_prompt=True))
-    with Pipeline(zeros, engine="onnxruntime") as other:
-        assert (relative_error(last_latents(other, request), found) > 1e-2) == (not negative_prompt)
 
 
 def test_a_batch_of_requests_with_other_texts_and_sizes(pipeline: Pipeline) -> None:

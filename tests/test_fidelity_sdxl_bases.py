@@ -19,8 +19,8 @@ from lora_files import as_kohya, write_lora
 from original_layout import write_checkpoint
 from parity import assert_same_latents
 from safetensors.torch import load_file, save_file
-from test_fidelity_sdxl import make_request
 from words import load_words, xl_vectors
+from xl_oracle import make_request
 
 from ipa.export.changes import BaseChanges
 from ipa.export.cli import main

@@ -1,4 +1,4 @@
-"""Image to image and inpainting against diffusers' own pipelines, with an adapter.
+"""Image to image and inpainting against diffusers' own pipelines, with an adapter and without.
 
 Tolerances as in test_fidelity.py.
 """
@@ -33,6 +33,7 @@ from ipa.export.validate import Validator
 from ipa.runtime import Pipeline, Request
 
 SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "euler-ancestral": EulerAncestralDiscreteScheduler}
+WITHOUT = {"image": None, "ip_adapter_scale": None}
 
 
 def picture(seed: int, width: int = 72, height: int = 64) -> Image.Image:
@@ -78,14 +79,15 @@ def pipeline(tiny_bundle: Path) -> Iterator[Pipeline]:
 
 def run_diffusers(kind: Any, base: Path, adapter: Path, request: Request, **fields: Any) -> Any:
     pipe = kind.from_pretrained(base, local_files_only=True, safety_checker=None)
-    pipe.load_ip_adapter(str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None)
-    pipe.set_ip_adapter_scale(request.ip_adapter_scale)
+    if request.image is not None:
+        pipe.load_ip_adapter(str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None)
+        pipe.set_ip_adapter_scale(request.ip_adapter_scale)
+        fields["ip_adapter_image"] = request.image
     pipe.scheduler = SCHEDULERS[str(request.scheduler)].from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
-        ip_adapter_image=request.image,
         image=request.init_image,
         strength=request.strength,
         num_inference_steps=request.num_inference_steps,
@@ -126,6 +128,8 @@ def last_latents(pipeline: Pipeline, request: Request) -> Any:
         ("pndm", 0.6, {}),
         ("euler-ancestral", 0.7, {}),
         ("ddim", 1.0, {}),
+        ("ddim", 0.6, WITHOUT),
+        ("ddim", 0.6, {"prompt": "", "negative_prompt": ""}),
     ],
 )
 def test_image_to_image(
@@ -147,6 +151,7 @@ def test_image_to_image(
         ("ddim", 1.0, (72, 64), (72, 64), {"eta": 0.5}),
         ("ddim", 0.6, (103, 70), (96, 64), {"num_images": 2}),  # rounded down to whole latents
         ("euler-ancestral", 1.0, (72, 64), (64, 80), {"height": 80, "width": 64}),  # stretched, with its mask
+        ("ddim", 0.7, (72, 64), (72, 64), WITHOUT),
     ],
 )
 def test_inpainting_with_an_ordinary_model(
@@ -166,11 +171,11 @@ def test_inpainting_with_an_ordinary_model(
     assert_same_latents(last_latents(pipeline, request), expected)
 
 
-@pytest.mark.parametrize(("strength", "eta"), [(1.0, 0.5), (0.6, 0.0)])
+@pytest.mark.parametrize(("strength", "fields"), [(1.0, {"eta": 0.5}), (0.6, {}), (0.7, WITHOUT)])
 def test_inpainting_with_an_inpainting_model(
-    inpainting_bundle: Path, inpainting_base: Path, tiny_adapter_file: Path, strength: float, eta: float
+    inpainting_bundle: Path, inpainting_base: Path, tiny_adapter_file: Path, strength: float, fields: dict[str, Any]
 ) -> None:
-    request = make_request(strength=strength, mask_image=hole(), num_images=2, eta=eta)
+    request = make_request(strength=strength, mask_image=hole(), num_images=2, **fields)
     size = {"mask_image": hole(), "height": 64, "width": 72}
     expected = run_diffusers(StableDiffusionInpaintPipeline, inpainting_base, tiny_adapter_file, request, **size)
     with Pipeline.open(inpainting_bundle, engine="onnxruntime") as pipe:
