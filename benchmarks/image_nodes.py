@@ -1,7 +1,7 @@
 """What the image prompt costs a step, by the nodes of the UNet's graph that are there for it alone.
 
-Two processes of the same graph differ by a per cent or two for as long as they live, as chance placed their memory. A
-cost below that cannot be found by timing steps with and without; onnxruntime's profile has it within one run.
+It is so little that two processes of the same graph can differ by more for as long as they live, as chance placed
+their memory. Timing steps with and without does not find it then; onnxruntime's profile has it within one run.
 
     python -m ipa.benchmarks.image_nodes --bundle sd15-bundle
 """
