@@ -11,7 +11,7 @@ from ipa.benchmarks.entries import plain_engine, torch_entry
 from ipa.benchmarks.full_size import PLUS_TOKENS, TOKENS
 from ipa.benchmarks.intervals import bootstrap
 from ipa.benchmarks.models import Models, write_merged, write_plus_adapter
-from ipa.benchmarks.pairing import first_seconds, measure_closely, second_seconds
+from ipa.benchmarks.pairing import first_blocks, measure_closely, second_seconds
 from ipa.benchmarks.plain_graph import DESCRIPTION, graph_for, write_hoisted_graph, write_ordinary_graph
 from ipa.benchmarks.processes import ContenderError, ContenderProcess, Entry
 from ipa.benchmarks.progress import Progress
@@ -100,6 +100,6 @@ def measure_overhead(
         except ContenderError as error:
             missing.append(NotMeasured(f"cost of the image prompt: {name}", str(error)))
             continue
-        with_seconds, without_seconds = first_seconds(quads).value, second_seconds(quads).value
+        with_seconds, without_seconds = bootstrap(first_blocks(quads)).value, second_seconds(quads).value
         against = bootstrap([quad.ratio for quad in quads])
         found.append(Overhead(row.name, row.contender, row.tokens, with_seconds, without_seconds, against))

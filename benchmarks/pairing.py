@@ -94,6 +94,6 @@ def second_seconds(quads: Sequence[Quad]) -> Interval:
     return bootstrap([seconds for quad in quads for seconds in quad.second])
 
 
-def first_seconds(quads: Sequence[Quad]) -> Interval:
-    """Seconds of A's blocks, the median."""
-    return bootstrap([seconds for quad in quads for seconds in quad.first])
+def first_blocks(quads: Sequence[Quad]) -> list[float]:
+    """Seconds of A's blocks."""
+    return [seconds for quad in quads for seconds in quad.first]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ipa.benchmarks.intervals import Interval, bootstrap
-from ipa.benchmarks.pairing import Quad, measure, ratio, second_seconds
+from ipa.benchmarks.pairing import Quad, first_blocks, measure, ratio, second_seconds
 from ipa.benchmarks.processes import ContenderError, ContenderProcess, Entry
 from ipa.benchmarks.progress import Progress
 from ipa.benchmarks.records import NotMeasured, Speed
@@ -83,7 +83,7 @@ class SpeedRun:
                     again.warm()
                     self._stages(again)  # see `_other`
                     quads = self._rounds(first, again, itself)
-                outcome.null, blocks = ratio(quads), _of_first(quads)
+                outcome.null, blocks = ratio(quads), first_blocks(quads)
             except ContenderError as error:  # no room for two of them, say
                 if first.has_failed:
                     raise
@@ -98,7 +98,7 @@ class SpeedRun:
                     other, quads = self._other(first, waiting[0])
                     outcome.contenders.append(other)
                     waiting.pop(0)
-                    blocks += _of_first(quads)  # the machine drifts: the baseline's seconds are those of the whole run
+                    blocks += first_blocks(quads)  # machines drift: its seconds are those of the whole run
                     outcome.contenders[0] = self._speed(baseline, first, bootstrap(blocks), None, stages, device)
                 except ContenderError as error:
                     if first.has_failed:
@@ -167,10 +167,6 @@ class SpeedRun:
             warm_up_blocks=len(process.warm_up.seconds),
             is_settled=process.warm_up.is_settled,
         )
-
-
-def _of_first(quads: Sequence[Quad]) -> list[float]:
-    return [seconds for quad in quads for seconds in quad.first]
 
 
 def _largest_difference(readings: Sequence[float | None], before: float | None) -> float | None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ipa.engines.checked_file import CheckedFile
 from ipa.engines.errors import EngineError
 from ipa.engines.locks import locked, remove_unless_locked
 from ipa.engines.plan_file import PlanError, PlanHeader, PlanKey, check_plan, read_header, read_plan, write_plan
@@ -57,6 +58,8 @@ class PlanCache:
     def find(self, key: PlanKey, bundle: Path) -> PlanHeader | Missing:
         """The header of a key's plan, all of which has been checked; or why there is none.
 
+        A plan that nobody has written to since it was stored, or checked last, is not read again.
+
         Args:
             key: of the plan that is wanted.
             bundle: whose older plans explain what has changed.
@@ -64,8 +67,14 @@ class PlanCache:
         path = self.path(key)
         if not path.exists():
             return Missing(self._why_missing(key, bundle))
+        checked = CheckedFile(path, self._secret)
         try:
-            header = check_plan(path, self._secret)
+            if checked.is_unchanged():
+                header = read_header(path, self._secret)
+            else:
+                status = path.stat()
+                header = check_plan(path, self._secret)
+                checked.remember(status)
         except (PlanError, OSError) as error:
             return Missing(f"{path.name} is refused: {error}")
         return header if header.key == key else Missing(f"{path.name} holds another plan")
@@ -105,8 +114,10 @@ class PlanCache:
             os.close(handle)
             write_plan(Path(name), header, plan, self._secret)
             _sync(Path(name))
-            Path(name).replace(self.path(key))
+            path = self.path(key)
+            Path(name).replace(path)
             _sync(self.root)
+            CheckedFile(path, self._secret).remember(path.stat())
         except OSError as error:
             raise self._failed(error) from error
         return header

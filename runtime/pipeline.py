@@ -17,6 +17,7 @@ from PIL import Image
 from ipa.engines.bundle import Bundle
 from ipa.engines.closing import Closing
 from ipa.engines.engine import Engine
+from ipa.engines.errors import EngineError
 from ipa.runtime.batch import batch_key, check_batch
 from ipa.runtime.beginning import Beginner, Beginning
 from ipa.runtime.conditioning import guidance_batch
@@ -272,7 +273,20 @@ class Pipeline(Closing):
         return denoise(unet, schedule, begin, conditions, guidance)
 
     def _decode(self, latents: NDArray[np.float32]) -> list[Image.Image]:
-        """One picture at a time: the decoder's memory grows with the batch, its speed does not."""
+        """One picture at a time: the decoder's memory grows with the batch, its speed does not.
+
+        Raises:
+            EngineError: a picture is of one value alone, which nothing that works decodes to.
+        """
         decoder = self._engines("vae_decoder")
         unscaled = (latents / np.float32(self.manifest.vae.scaling_factor)).astype(decoder.spec.inputs[0].dtype)
-        return [to_images(decoder(latents=one[None])["image"].astype(np.float32))[0] for one in unscaled]
+        images = []
+        for one in unscaled:
+            image = decoder(latents=one[None])["image"].astype(np.float32)
+            if image.min() == image.max():
+                raise EngineError(
+                    f"vae_decoder: every value of the picture is {image.flat[0]:g}, so an engine is broken; "
+                    "`ipa-export validate` finds which, another `--engine` may do"
+                )
+            images += to_images(image)
+        return images

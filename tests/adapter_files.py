@@ -1,6 +1,12 @@
-"""Names and shapes in the published adapter files, by kind; `tiny.tiny_adapter` fills them."""
+"""Names and shapes in the published adapter files, by kind (`tiny.tiny_adapter` fills them), and how to read one."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+from ipa.engines.bundle import Bundle
+from ipa.export.adapters import AdapterWeights, read_adapter
+from ipa.export.dimensions import manifest_dimensions
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -100,3 +106,9 @@ def flat(image_proj: Shapes, ip_adapter: Shapes) -> Shapes:
         **{f"image_proj.{name}": shape for name, shape in image_proj.items()},
         **{f"ip_adapter.{name}": shape for name, shape in ip_adapter.items()},
     }
+
+
+def read(bundle: Path, file: Path) -> AdapterWeights:
+    """An adapter file as the base model of a bundle takes it."""
+    manifest = Bundle.open(bundle, verify=False).manifest
+    return read_adapter(file, manifest.kv_layout, manifest_dimensions(manifest))

@@ -5,84 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
+from text_kv_bundle import KV, WIDTH, linear_model, write_bundle
 
-from ipa.engines.bundle import Bundle, hash_file
+from ipa.engines.bundle import Bundle
 from ipa.engines.errors import BundleError, EngineError, RequestError
-from ipa.engines.kv_layout import KVLayer, KVLayout
 from ipa.engines.manifest import (
-    ComponentRecord,
-    Defaults,
-    FileRecord,
-    ImageProcessorRecord,
     Manifest,
-    VaeRecord,
 )
 from ipa.engines.onnx_file import ExternalData, external_data
 from ipa.engines.registry import ENGINE_NAMES
-from ipa.engines.spec import SPECS, ComponentSpec, TensorSpec
-
-KV = 8
-WIDTH = 4
-
-
-def linear_model(location: str | None = "model.onnx.data", **entry: str) -> onnx.ModelProto:
-    """`text_kv = encoder_hidden_states @ weight`, the weight outside the file unless `location` is None."""
-    weight = numpy_helper.from_array(np.arange(WIDTH * KV, dtype=np.float32).reshape(WIDTH, KV), "weight")
-    if location is not None:
-        weight.ClearField("raw_data")
-        weight.data_location = TensorProto.EXTERNAL
-        for key, value in {"location": location, "offset": "0", "length": str(4 * WIDTH * KV), **entry}.items():
-            weight.external_data.add(key=key, value=value)
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["encoder_hidden_states", "weight"], ["text_kv"])],
-        "text_kv",
-        [helper.make_tensor_value_info("encoder_hidden_states", TensorProto.FLOAT, ["batch", 77, WIDTH])],
-        [helper.make_tensor_value_info("text_kv", TensorProto.FLOAT, ["batch", 77, KV])],
-        [weight],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-
-
-def record(root: Path, path: str) -> FileRecord:
-    file = root / path
-    return FileRecord(path, file.stat().st_size, hash_file(file))
-
-
-def write_bundle(root: Path, model: onnx.ModelProto | None = None) -> Manifest:
-    """A bundle whose only component is `text_kv`."""
-    (root / "text_kv").mkdir(parents=True)
-    (root / "text_kv" / "model.onnx").write_bytes((model or linear_model()).SerializeToString())
-    weight = np.arange(WIDTH * KV, dtype=np.float32)
-    (root / "text_kv" / "model.onnx.data").write_bytes(weight.tobytes())
-    for name in ("tokenizer", "scheduler"):
-        (root / name).mkdir()
-    (root / "tokenizer" / "tokenizer.json").write_text("{}")
-    (root / "scheduler" / "scheduler_config.json").write_text("{}")
-    spec = SPECS["text_kv"].resolved({"text_tokens": 77, "text_width": WIDTH, "kv": KV}, "float32")
-    files = (record(root, "text_kv/model.onnx"), record(root, "text_kv/model.onnx.data"))
-    manifest = Manifest(
-        family="sd15",
-        created_by={"ipa-runtime": "0"},
-        kv_layout=KVLayout((KVLayer("down", KV // 2),)),
-        components={"text_kv": ComponentRecord(files, "float32", spec)},
-        adapters={},
-        tokenizer=record(root, "tokenizer/tokenizer.json"),
-        scheduler=record(root, "scheduler/scheduler_config.json"),
-        text_tokens=77,
-        vae=VaeRecord(0.18215, 8),
-        image_processor=ImageProcessorRecord(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-        defaults=Defaults(512, 512),
-    )
-    (root / "manifest.json").write_text(manifest.to_json())
-    return manifest
 
 
 @pytest.fixture
@@ -266,62 +204,6 @@ def test_unknown_names_list_what_exists(root: Path) -> None:
         bundle.open_component("text_kv", "warp")
 
 
-@pytest.fixture(params=["onnxruntime", "openvino"])
-def name(request: pytest.FixtureRequest) -> str:
-    """Every back-end that runs here."""
-    return str(request.param)
-
-
-def engine_error(root: Path, name: str, **arrays: Any) -> str:
-    with Bundle.open(root).open_component("text_kv", name) as engine, pytest.raises(EngineError) as caught:
-        engine(**arrays)
-    return str(caught.value)
-
-
-def test_an_engine_never_converts_silently(root: Path, name: str) -> None:
-    states = np.zeros((2, 77, WIDTH), np.float32)
-    assert "float64(2, 77, 4), expected float32(batch, 77, 4)" in engine_error(
-        root, name, encoder_hidden_states=states.astype(np.float64)
-    )
-    assert "float32(2, 76, 4)" in engine_error(root, name, encoder_hidden_states=states[:, 1:])
-    assert "float32(77, 4)" in engine_error(root, name, encoder_hidden_states=states[0])
-    assert "got inputs ['states']" in engine_error(root, name, states=states)
-
-
-def test_nan_is_an_error_that_names_the_component(root: Path, name: str) -> None:
-    states = np.full((1, 77, WIDTH), np.nan, np.float32)
-    assert "text_kv: output 'text_kv' holds NaN" in engine_error(root, name, encoder_hidden_states=states)
-
-
-def test_a_closed_engine_says_so(root: Path, name: str) -> None:
-    engine = Bundle.open(root).open_component("text_kv", name)
-    engine.close()
-    engine.close()
-    with pytest.raises(EngineError, match="closed"):
-        engine(encoder_hidden_states=np.zeros((1, 77, WIDTH), np.float32))
-
-
-def test_a_graph_that_is_not_the_manifest_s(root: Path, name: str) -> None:
-    manifest = Bundle.open(root).manifest
-    other = ComponentSpec((TensorSpec("states", ("batch", 77, WIDTH), "float32"),), ())
-    graph = replace(manifest.components["text_kv"], spec=other)
-    (root / "manifest.json").write_text(replace(manifest, components={"text_kv": graph}).to_json())
-    with pytest.raises(EngineError, match="the manifest says"):
-        Bundle.open(root).open_component("text_kv", name)
-
-
 def test_a_manifest_survives_its_own_json(root: Path) -> None:
     manifest = Bundle.open(root).manifest
     assert Manifest.from_json(manifest.to_json()) == manifest
-
-
-def test_a_broken_back_end_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str) -> None:
-        raise OSError("libx.so: cannot open shared object file\nTraceback")
-
-    monkeypatch.setattr("ipa.engines.registry.import_module", broken)
-    with pytest.raises(EngineError) as caught:
-        Bundle.open(root).open_component("text_kv", "onnxruntime")
-    message = str(caught.value)
-    assert "the engine 'onnxruntime' cannot be loaded: libx.so: cannot open shared object file; run `pip" in message
-    assert "\n" not in message

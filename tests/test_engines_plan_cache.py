@@ -19,7 +19,8 @@ from ipa.engines import plan_cache
 from ipa.engines.errors import EngineError
 from ipa.engines.machine import default_cache
 from ipa.engines.plan_cache import Missing, PlanCache
-from ipa.engines.plan_file import PlanError, PlanHeader, PlanKey, read_plan
+from ipa.engines.plan_file import PlanError, PlanHeader, PlanKey, check_plan, read_plan
+from ipa.engines.signed_file import SignedFile
 
 KEY = PlanKey(
     component="unet",
@@ -55,7 +56,9 @@ def test_what_was_stored_comes_back(cache: PlanCache) -> None:
     assert (header.key, header.size, header.seconds, header.peak_mib) == (KEY, len(PLAN), 1.5, 200.0)
     assert cache.find(KEY, BUNDLE) == header
     assert [found for _, found in cache.headers()] == [header]
-    assert {path.name for path in cache.root.iterdir()} == {"key", cache.path(KEY).name}, "nothing else is left"
+    stored = cache.path(KEY)
+    checked = stored.with_suffix(".checked")
+    assert set(cache.root.iterdir()) == {cache.root / "key", stored, checked}, "nothing else is left"
 
 
 def test_only_the_user_can_read_it(cache: PlanCache) -> None:
@@ -109,6 +112,37 @@ def test_a_damaged_body_is_no_plan(cache: PlanCache) -> None:
     bad[-100] ^= 1
     path.write_bytes(bad)
     assert cache.find(KEY, BUNDLE) == Missing(f"{path.name} is refused: the plan in it is damaged (sha256)")
+
+
+def test_a_plan_is_read_again_only_when_somebody_wrote_to_it(cache: PlanCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = store(cache)
+    looks: list[Path] = []
+
+    def look(looked: Path, secret: bytes) -> PlanHeader:
+        looks.append(looked)
+        return check_plan(looked, secret)
+
+    monkeypatch.setattr(plan_cache, "check_plan", look)
+    header = cache.find(KEY, BUNDLE)
+    assert (isinstance(header, PlanHeader), looks) == (True, [])
+
+    status = path.stat()
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as if nothing had happened
+    assert [cache.find(KEY, BUNDLE) for _ in range(2)] == [header, header]
+    assert looks == [path], "once, and the result is remembered"
+
+    path.with_suffix(".checked").write_bytes(b"what another cache says")
+    assert (cache.find(KEY, BUNDLE), looks) == (header, [path, path])
+
+
+def test_a_plan_is_found_where_nothing_can_be_remembered(cache: PlanCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SignedFile, "write", full)
+    store(cache)
+    assert isinstance(cache.find(KEY, BUNDLE), PlanHeader)
 
 
 @pytest.mark.parametrize("content", [b"", b"IPAPLAN1", b"IPAPLAN1" + b"\xff" * 36, bytes(5000)])

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from build_calls import OPTIONS, build, change_graph, reasons, use_unknown_operator
 from click.testing import CliRunner
 
-from ipa.engines.bundle import Bundle, hash_file
-from ipa.engines.cuda_driver import NoDriver, find_driver
-from ipa.engines.errors import EngineError
-from ipa.engines.manifest import FILE_NAME, FileRecord, Manifest
+from ipa.engines.bundle import Bundle
 from ipa.engines.plan_cache import PlanCache
 from ipa.engines.shape_profile import ShapeProfile
 from ipa.engines.spec import ImageSlots
-from ipa.export import resources
 from ipa.export.build import ExportRequest, export_bundle
 from ipa.export.cli import main
 from ipa.export.engine_builds import EngineBuilds
-
-OPTIONS = ("--resolution", "128x128", "--resolution", "64x192", "--batch", "1:1:2", "--image-tokens", "4:4:16")
-
-
-def build(bundle: Path, cache: Path, *more: str, options: tuple[str, ...] = OPTIONS) -> Any:
-    arguments = ["--bundle", str(bundle), "--cache", str(cache), "--engine", "tensorrt-rtx", *options, *more]
-    return CliRunner().invoke(main, ["build-engines", *arguments])
-
-
-def reasons(output: str) -> dict[str, str]:
-    """What the report says of each component: `kept` or `built`, and why."""
-    lines = re.finditer(r"^(\S+) +[0-9.]+ MiB  (kept|built)[^(]*\((.*)\)$", output, re.MULTILINE)
-    return {line[1]: f"{line[2]}: {line[3]}" for line in lines}
 
 
 @pytest.fixture(scope="module")
@@ -155,19 +135,6 @@ def test_a_damaged_plan_is_built_again(built: tuple[Path, Path], tmp_path: Path)
     assert found["unet"] == "kept: nothing has changed"
 
 
-def change_graph(bundle: Path, component: str, change: Any) -> None:
-    """Change a graph and let the manifest agree, as another export would."""
-    path = bundle / component / "model.onnx"
-    model = onnx.load(path)
-    change(model)
-    onnx.save(model, path)
-    manifest = Manifest.from_json((bundle / FILE_NAME).read_text())
-    record = manifest.components[component]
-    file = FileRecord(record.files[0].path, path.stat().st_size, hash_file(path))
-    components = {**manifest.components, component: replace(record, files=(file,))}
-    (bundle / FILE_NAME).write_text(replace(manifest, components=components).to_json())
-
-
 def use_attention_of_opset_23(model: onnx.ModelProto) -> None:
     """TensorRT-RTX 1.7.1 parses this and crashes when it builds it where no GPU is."""
     text, output = model.graph.input[0], model.graph.output[0]
@@ -177,10 +144,6 @@ def use_attention_of_opset_23(model: onnx.ModelProto) -> None:
     nodes = [attention, onnx.helper.make_node("Concat", copies, [output.name], axis=-1)]
     graph = onnx.helper.make_graph(nodes, "attention", [text], [output])
     model.CopyFrom(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)]))
-
-
-def use_unknown_operator(model: onnx.ModelProto) -> None:
-    model.graph.node[0].op_type = "Nonsense"
 
 
 @pytest.mark.parametrize(
@@ -217,30 +180,6 @@ def test_a_changed_byte_is_found_before_the_build(built: tuple[Path, Path], tmp_
     assert "is damaged: sha256" in result.stderr
 
 
-def test_killing_a_build_leaves_bundle_and_cache_usable(tiny_half_bundle: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    command = [Path(sys.executable).with_name("ipa-export"), "build-engines", "--bundle", tiny_half_bundle]
-    command += ["--cache", cache, "--engine", "tensorrt-rtx", *OPTIONS]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:  # kill it while it builds the UNet
-        if line == "build unet\n":
-            break
-    while not list(cache.glob(".build-*/task.json")):
-        time.sleep(0.01)
-    (task,) = cache.glob(".build-*/task.json")
-    assert json.loads(task.read_text())["graph"].endswith("unet/model.onnx")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    finished = {header.key.component for _, header in PlanCache(cache).headers()}
-    assert finished == {"text_encoder", "text_kv", "image_encoder"}
-    result = build(tiny_half_bundle, cache)
-    assert result.exit_code == 0, result.output
-    found = reasons(result.stdout)
-    assert {component for component, reason in found.items() if reason.startswith("kept")} == finished
-    assert not list(cache.glob(".build-*"))
-
-
 def test_two_builds_at_once(built: tuple[Path, Path], tmp_path: Path) -> None:
     bundle, cache = again(built, tmp_path)
     for path, header in PlanCache(cache).headers():
@@ -253,87 +192,6 @@ def test_two_builds_at_once(built: tuple[Path, Path], tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0]
     assert all("2 built, 5 kept" in output for output in outputs), "they started together"
     assert "0 built, 7 kept" in build(bundle, cache, "--compute-capability", "8.6,8.9").stdout
-
-
-def test_when_one_build_fails_the_others_end(
-    tiny_half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = Path(shutil.copytree(tiny_half_bundle, tmp_path / "bundle"))
-    (tmp_path / "onnx.py").write_text("raise SystemExit('code of the current folder ran')")
-    monkeypatch.chdir(tmp_path)
-    change_graph(bundle, "image_encoder", use_unknown_operator)
-    opened, cache = Bundle.open(bundle, verify=False), PlanCache(tmp_path / "cache")
-    builds = EngineBuilds(opened, cache, "tensorrt-rtx", ShapeProfile.parse(["128x128"], "1", "4"))
-    jobs = {job.component: job for job in builds.survey()[1]}
-    with pytest.raises(EngineError, match=r"image_encoder: .*\(peak memory .*[1-9].* GiB\); .*refused the graph"):
-        builds.run([jobs["unet"], jobs["image_encoder"], jobs["text_kv"]], at_once=2)
-    assert not list(cache.headers()), "the UNet's build was ended, and no other begun"
-    assert [path.name for path in cache.root.iterdir()] == ["key"]
-    with pytest.raises(EngineError, match="stopped"):
-        builds.run([jobs["text_kv"]])
-
-
-def test_want_of_memory_or_disk_is_said_before(
-    tiny_half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resources, "available_memory", lambda: 2**28)
-    result = build(tiny_half_bundle, tmp_path / "cache")
-    assert result.exit_code == 2
-    assert re.search(r"building needs about [0-9.]+ GiB of memory, 0\.2 GiB are available", result.stderr)
-    monkeypatch.undo()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
-    result = build(tiny_half_bundle, tmp_path / "cache")
-    assert result.exit_code == 2
-    assert re.search(r"building needs about [0-9.]+ GiB of disk in .*, 0\.0 GiB are free", result.stderr)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--bundle", "BUNDLE", "--resolution", "500x512"], "multiples of 8"),
-        (["--bundle", "BUNDLE", "--batch", "4:1"], "--batch"),
-        (["--bundle", "BUNDLE", "--compute-capability", "9.9"], "9.9 is none of 7.5, 8.0"),
-        (["--bundle", "BUNDLE", "--compute-capability", "8.6,8.6"], "8.6,8.6 names one twice"),
-        (["--base", "x", "--output", "y", "--batch", "4:1"], "--batch"),  # before the export
-        (["--base", "x", "--output", "y", "--compute-capability", "9.9"], "9.9 is none of"),
-        (["--bundle", "BUNDLE", "--base", "x"], "name a bundle with --bundle, or a pipeline with --base"),
-        (["--bundle", "BUNDLE", "--adapter", "x"], "--adapter goes with --base"),
-        (["--base", "x"], "the bundle to write with --output"),
-        (["--bundle", "nowhere"], "is not a folder"),
-    ],
-)
-def test_options_that_do_not_fit(tiny_half_bundle: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    given = [str(tiny_half_bundle) if argument == "BUNDLE" else argument for argument in arguments]
-    command = ["build-engines", "--engine", "tensorrt-rtx", "--cache", str(tmp_path / "cache"), *given]
-    result = CliRunner().invoke(main, command)
-    assert result.exit_code == 2, result.output
-    assert message in result.stderr
-
-
-def test_from_a_pipeline_in_one_command(tiny_base: Path, tiny_adapter_file: Path, tmp_path: Path) -> None:
-    arguments = ["--base", tiny_base, "--adapter", f"mine={tiny_adapter_file}", "--output", tmp_path / "bundle"]
-    arguments += ["--engine", "tensorrt-rtx", "--cache", tmp_path / "cache", *OPTIONS]
-    result = CliRunner().invoke(main, ["build-engines", *map(str, arguments)])
-    assert result.exit_code == 0, result.output
-    manifest = Bundle.open(tmp_path / "bundle").manifest
-    assert {record.dtype for record in manifest.components.values()} == {"float16"}
-    assert "ip_adapter/mine" in reasons(result.stdout)
-
-
-@pytest.mark.skipif(not isinstance(find_driver(), NoDriver), reason="there is a GPU")
-def test_tensorrt_without_a_driver_says_what_to_do(
-    tiny_half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from ipa.engines import tensorrt_library
-
-    monkeypatch.setitem(tensorrt_library.MODULES, "tensorrt", "tensorrt_rtx")  # stands in: the same interface
-    monkeypatch.setitem(tensorrt_library._OLDEST, "tensorrt", (1, 0))
-    command = ["build-engines", "--bundle", str(tiny_half_bundle), "--cache", str(tmp_path), "--engine", "tensorrt"]
-    result = CliRunner().invoke(main, command)
-    assert result.exit_code == 2
-    (line,) = result.stderr.splitlines()
-    assert "no NVIDIA driver here" in line
-    assert "`--engine tensorrt-rtx` builds without one" in line
 
 
 def test_a_unet_with_slots_and_masks_builds(tiny_base: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -14,10 +13,9 @@ from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     EulerDiscreteScheduler,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from original_layout import original_state_dict, write_checkpoint
+from original_layout import write_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny import same_weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -28,7 +26,7 @@ from ipa.engines.spec import SD15, SDXL
 from ipa.export.changes import BaseChanges
 from ipa.export.cli import main
 from ipa.export.pipeline import BasePipeline
-from ipa.export.single_file import CONFIGS, Checkpoint
+from ipa.export.single_file import CONFIGS
 
 
 def run(*arguments: object) -> Any:
@@ -290,24 +288,3 @@ def test_a_checkpoint_without_a_vae_takes_another(
     changes = BaseChanges(config=config, vae=str(other_vae))
     base = BasePipeline(str(file), str(tiny_base / "image_encoder"), changes)
     same_weights(base.load_vae(), AutoencoderKL.from_pretrained(other_vae))
-
-
-@pytest.mark.slow
-def test_a_full_size_checkpoint_loads_with_the_shipped_configurations(tmp_path: Path) -> None:
-    """Random weights of SD1.5's sizes in half precision, 2.1 GB; about 8 GiB of memory at the peak."""
-    from ipa.benchmarks.full_size import write_pipeline
-
-    write_pipeline(tmp_path / "base")
-    file = write_checkpoint(tmp_path / "base", tmp_path / "sd15.safetensors", torch.float16)
-    image_encoder = str(tmp_path / "base" / "image_encoder")
-    base, expected = BasePipeline(str(file), image_encoder), BasePipeline(str(tmp_path / "base"))
-    assert Checkpoint(file).parts == {"unet", "vae", "text_encoder"}
-    unet = base.load_unet()
-    for name, tensor in expected.load_unet().state_dict().items():
-        assert torch.equal(unet.get_parameter(name), tensor.half().float()), name
-    del unet
-    same_weights(base.load_vae(), expected.load_vae().half().float())
-    same_weights(base.load_text_encoder(), expected.load_text_encoder().half().float())
-    assert base.defaults.height == 512
-    np.testing.assert_equal(base.vae_record.downscale, 8)
-    assert len(original_state_dict(StableDiffusionPipeline.from_pretrained(tmp_path / "base"))) == len(load_file(file))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import made_once
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from diffusers.image_processor import IPAdapterMaskProcessor
+from image_prompt_oracle import SIDE, STEPS, ours, preprocessed, theirs
 from parity import assert_same_latents
 from PIL import Image
 from safetensors.numpy import save_file
@@ -30,11 +30,9 @@ from ipa.engines.errors import IpaError, RequestError
 from ipa.engines.spec import ImageSlots
 from ipa.export.adapters import AdapterFile
 from ipa.export.build import ExportRequest, export_bundle
-from ipa.runtime import ImagePrompt, Pipeline, Request
+from ipa.runtime import ImagePrompt, Pipeline
 from ipa.runtime.image_embeds import write_embeds
 
-STEPS = 4
-SIDE = 64
 BLOCKS = {"down": {"block_2": [0.0, 1.2]}, "mid": 0.4, "up": {"block_1": [0.3, 1.0, 0.0], "block_3": 0.5}}
 
 
@@ -87,58 +85,6 @@ def oracle(tiny_base: Path, tiny_adapter_file: Path, second_adapter: Path) -> An
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def ours(pipeline: Pipeline, *prompts: ImagePrompt, size: tuple[int, int] = (SIDE, SIDE), images: int = 1) -> Any:
-    request = Request(
-        prompt="a cat",
-        negative_prompt="red dog",
-        image_prompts=prompts,
-        num_inference_steps=STEPS,
-        guidance_scale=5.0,
-        seed=3,
-        height=size[1],
-        width=size[0],
-        scheduler="ddim",
-        num_images=images,
-    )
-    for step in pipeline.steps(request):
-        latents = step.latents
-    return latents
-
-
-def theirs(
-    oracle: Any,
-    images: list[Any],
-    scales: Any,
-    masks: list[Any] | None = None,
-    size: tuple[int, int] = (SIDE, SIDE),
-    count: int = 1,
-    callback: Any = None,
-) -> Any:
-    oracle.set_ip_adapter_scale(scales)
-    extra: dict[str, Any] = {}
-    if masks is not None:
-        extra["cross_attention_kwargs"] = {"ip_adapter_masks": masks}
-    return oracle(
-        prompt="a cat",
-        negative_prompt="red dog",
-        ip_adapter_image=images,
-        num_inference_steps=STEPS,
-        guidance_scale=5.0,
-        height=size[1],
-        width=size[0],
-        generator=torch.Generator().manual_seed(3),
-        output_type="latent",
-        num_images_per_prompt=count,
-        callback_on_step_end=callback,
-        **extra,
-    ).images.numpy()
-
-
-def preprocessed(masks: list[Image.Image], size: tuple[int, int] = (SIDE, SIDE)) -> Any:
-    tensor = IPAdapterMaskProcessor().preprocess(masks, height=size[1], width=size[0])
-    return tensor.reshape(1, len(masks), size[1], size[0])
 
 
 def test_two_adapters_with_several_images(pipeline: Pipeline, oracle: Any) -> None:

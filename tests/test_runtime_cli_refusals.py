@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from build_calls import change_graph
 from commands import Run, refused
 from PIL import Image
 
@@ -139,3 +141,22 @@ def test_a_folder_that_cannot_be_written(ipa_run: Run, tmp_path: Path) -> None:
     target.write_text("in the way")
     assert "output" in refused(ipa_run("--prompt", "a cat", *SMALL, "--output", target / "x.png"))
     assert "not a folder" in refused(ipa_run("--prompt", "a cat", *SMALL, "--output", target))
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_picture_of_one_value_is_no_result(ipa_run: Run, tiny_bundle: Path, tmp_path: Path, engine: str) -> None:
+    def blacken(model: onnx.ModelProto) -> None:
+        graph = model.graph
+        for node in graph.node:
+            node.output[:] = ["colourful" if name == "image" else name for name in node.output]
+        graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((), np.float32), "zero"))
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(-1, np.float32), "black"))
+        graph.node.append(onnx.helper.make_node("Mul", ["colourful", "zero"], ["nothing"]))
+        graph.node.append(onnx.helper.make_node("Add", ["nothing", "black"], ["image"]))
+
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    change_graph(bundle, "vae_decoder", blacken)
+    output = tmp_path / "x.png"
+    message = refused(ipa_run("--bundle", bundle, "--engine", engine, "--prompt", "a cat", *SMALL, "--output", output))
+    assert "vae_decoder: every value of the picture is -1, so an engine is broken" in message
+    assert not output.exists()
