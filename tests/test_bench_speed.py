@@ -111,6 +111,19 @@ def test_start_up_is_that_of_the_code() -> None:
     assert 1.1 < row.installed_mb < 5  # click alone
 
 
+def test_start_up_is_timed_with_bytecode_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "large.py").write_text("")
+    log = tmp_path / "log"
+    is_cached = "os.path.exists(importlib.util.cache_from_source(importlib.util.find_spec('large').origin))"
+    code = f"import importlib.util, os; open({str(log)!r}, 'a').write(str({is_cached}) + ' '); import large"
+    start_up("a", code, ("click",))
+    first, *others = log.read_text().split()
+    assert (first, set(others)) == ("False", {"True"})
+    assert not (tmp_path / "__pycache__").exists()
+
+
 def test_a_bundle_without_its_models(tiny_bundle: Path, tmp_path: Path) -> None:
     options = ["--pairs", 2, "--steps", 2, "--block-steps", 2, "--no-start-up", "--engine", "torch-eager,onnxruntime"]
     record = record_of(bench("--output", tmp_path, "--model", tiny_bundle, *options, "--resolution", "64x64"))
