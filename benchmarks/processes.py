@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from ipa.benchmarks.bytecode import environment
 from ipa.benchmarks.pairing import Block, WarmUp, settle
 from ipa.engines.errors import IpaError
 
@@ -75,6 +76,7 @@ class ContenderProcess:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
+            env=environment(),
             start_new_session=True,  # Ctrl-C is ours to answer
         )
         with ExitStack() as unless_ready:

@@ -1,24 +1,18 @@
-"""What a process costs before its first picture: time and memory of the import, and size of the installation.
-
-Imports are timed with bytecode caches, as `pip` leaves them, whatever the installation and the environment say: some
-images are made without, and then each import compiles its modules again, which is dear for large libraries.
-"""
+"""What a process costs before its first picture: time and memory of the import, and size of the installation."""
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from ipa.benchmarks.bytecode import environment
 from ipa.benchmarks.records import StartUp
 from ipa.runtime.demo import FOLDER
 
@@ -55,14 +49,11 @@ def start_up(name: str, code: str, roots: tuple[str, ...], more_bytes: int = 0) 
         roots: distributions that it needs.
         more_bytes: on disk, beside those.
     """
-    with tempfile.TemporaryDirectory() as caches:
-        environment = {**os.environ, "PYTHONPYCACHEPREFIX": caches}
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        seconds(code, environment)  # fills the caches
-        runs = 3 if seconds(code, environment) > SLOW else RUNS
-        times = [seconds(code, environment) - seconds("pass", environment) for _ in range(runs)]
-        command = [sys.executable, "-c", f"{code}\n{RSS}"]
-        rss = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    seconds(code)  # fills the caches
+    runs = 3 if seconds(code) > SLOW else RUNS
+    times = [seconds(code) - seconds("pass") for _ in range(runs)]
+    command = [sys.executable, "-c", f"{code}\n{RSS}"]
+    rss = subprocess.run(command, capture_output=True, text=True, check=True, env=environment()).stdout
     size = more_bytes + sum(map(installed_bytes, closure(roots)))
     return StartUp(name, statistics.median(times), int(rss.split()[-1]) / 2**10, size / 1e6)
 
@@ -96,10 +87,10 @@ def installed_bytes(name: str) -> int:
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def seconds(code: str, environment: Mapping[str, str]) -> float:
+def seconds(code: str) -> float:
     """Wall-clock time of a new interpreter that runs `code`."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL, env=environment())
     return time.perf_counter() - start
 
 
