@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ipa.engines.errors import IpaError
+from ipa.trainer.errors import missing_library
 
 
 class Command(click.Command):
@@ -20,10 +21,7 @@ class Command(click.Command):
             click.echo(f"{self.name}: {error}", err=True)
             sys.exit(2)
         except ModuleNotFoundError as error:  # commands are installed with the runtime alone, too
-            missing = str(error.name).partition(".")[0]
-            if missing == "ipa":
-                raise
-            click.echo(f"{self.name}: {missing} is missing: pip install 'ipa-runtime[bench]'", err=True)
+            click.echo(f"{self.name}: {missing_library(error, 'bench')}", err=True)
             sys.exit(2)
 
 

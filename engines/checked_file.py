@@ -1,7 +1,7 @@
 """Large files that were hashed once and not written since, so that the next look at them need not read gigabytes.
 
 Beside such a file lies a small signed one with what the file system said of it then: inode, size, times. Whoever
-writes to a file changes its `ctime`, which no program can set back. A disk that fails by itself is not noticed so:
+writes to a file changes its `ctime`, which only an administrator can set back. A failing disk is not noticed so:
 this is for finding out what to build again, and what is loaded is always hashed.
 """
 

@@ -13,6 +13,7 @@ from ipa.engines.errors import IpaError
 from ipa.engines.spec import MAX_SLOTS, ImageSlots
 from ipa.export.base_options import base_changes, base_files, parse_changes
 from ipa.export.engine_cli import build_engines
+from ipa.trainer.errors import missing_library
 
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -28,6 +29,9 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except IpaError as error:
             click.echo(f"ipa-export: {error}", err=True)
+            sys.exit(2)
+        except ModuleNotFoundError as error:  # the command is installed with the runtime alone, too
+            click.echo(f"ipa-export: {missing_library(error, 'export')}", err=True)
             sys.exit(2)
 
 

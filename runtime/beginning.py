@@ -133,7 +133,8 @@ class Beginner:
             latents = schedule.add_noise(0, np.repeat(clean, len(noise), axis=0), noise)
         if mask_image is None:
             return Beginning(latents, draw_noise)
-        check_ratio(mask_image, init_image.size)  # both are stretched alike, whatever size is made of them
+        # Both are stretched alike, whatever size is made of them.
+        check_ratio("mask_image", mask_image, init_image.size)
         mask = binary_mask(mask_image, *size)[None, None]
         masked = self._encode(pixels * (mask < 0.5), generator)  # drawn in any case, as diffusers does
         small = np.repeat(mask[..., :: self._downscale, :: self._downscale], len(noise), axis=0)

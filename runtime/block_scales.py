@@ -39,7 +39,7 @@ def parse_scale(text: str) -> Scale:
     except (ValueError, RecursionError) as error:
         raise RequestError(
             f"--ip-adapter-scale {text!r} is neither a number nor one of {', '.join(PRESETS)} nor JSON such as "
-            '\'{"up": {"block_1": [0, 1, 0]}}\''
+            '\'{"up": {"block_2": 1}}\''
         ) from error
     check_scale(scale)
     return scale  # type: ignore[no-any-return]

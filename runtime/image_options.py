@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ipa.engines.errors import RequestError
@@ -19,6 +21,7 @@ OPTIONS = (
     "ip_adapter_end",
     "image_embeds",
 )
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")  # without a dot: no file
 # By option, the field of `ImagePrompt`; and how its text is read.
 _SEVERAL = {"image": "images", "ip_adapter_mask": "masks"}
 _SINGLE: Mapping[str, tuple[str, Callable[[str, str], Any]]] = {
@@ -83,6 +86,10 @@ def _by_adapter(option: str, values: Sequence[str], names: Sequence[str]) -> dic
             raise RequestError(
                 f"{flag(option)} {value}: which adapter is it for? Write {flag(option)} NAME={value}, "
                 f"with NAME one of {', '.join(names)}"
+            )
+        elif separator and _NAME.fullmatch(name) and not Path(value).exists():
+            raise RequestError(
+                f"{flag(option)} {value}: no adapter '{name}' is named; add --adapter {name}, or leave '{name}=' out"
             )
         else:
             found.setdefault(names[0] if names else None, []).append(value)

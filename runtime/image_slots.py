@@ -54,8 +54,9 @@ def check_slots(prompts: Sequence[ImagePrompt], bundle: Bundle) -> None:
     has_masks = any(prompt.masks for prompt in prompts)
     if needed > slots.count or (has_masks and not slots.has_masks):
         option = f"--image-slots {max(needed, slots.count)}" + (" --masks" if has_masks or slots.has_masks else "")
+        wanted = f"{needed} image slot{'s' * (needed > 1)}{' with masks' if has_masks else ''}"
         raise RequestError(
-            f"the request needs {needed} image slots{' with masks' if has_masks else ''}, the UNet of {bundle.root} "
+            f"the request needs {wanted}, the UNet of {bundle.root} "
             f"has {slots.count}{'' if slots.has_masks else ' and no masks'}: "
             f"export it again with `ipa-export onnx ... {option}`"
         )
@@ -117,7 +118,8 @@ def image_slots(
         if not one.masks:
             slots.append(Slot(np.concatenate(shown, axis=1), None, one.prompt))
         for image_kv, picture in zip(shown, one.masks, strict=False):
-            check_ratio(picture, (width, height), manifest.vae.downscale)  # a photo's size is rounded to latents
+            what = f"a mask of adapter '{one.prompt.adapter}'"
+            check_ratio(what, picture, (width, height), manifest.vae.downscale)  # a photo's size is rounded to latents
             mask = binary_mask(picture, height, width)
             by_level = {level: mask_level(mask, level, *latents) for level in set(layout.levels)}
             slots.append(Slot(image_kv, by_level, one.prompt))

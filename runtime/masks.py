@@ -30,11 +30,12 @@ def binary_mask(image: Image.Image, height: int, width: int) -> FloatArray:
     return (np.asarray(grey, np.float32) / 255 >= 0.5).astype(np.float32)
 
 
-def check_ratio(mask: Image.Image, size: tuple[int, int], slack: int = 1) -> None:
+def check_ratio(what: str, mask: Image.Image, size: tuple[int, int], slack: int = 1) -> None:
     """Refuse a mask that would be stretched out of shape to fit what it is a mask of.
 
     Args:
-        size: width and height of that.
+        what: name of the mask, for the message.
+        size: width and height of what it is a mask of.
         slack: pixels along a side, of either picture, that may be missing.
     Raises:
         RequestError: the sides have another ratio.
@@ -42,7 +43,7 @@ def check_ratio(mask: Image.Image, size: tuple[int, int], slack: int = 1) -> Non
     width, height = size
     if abs(mask.width * height - mask.height * width) > slack * max(*mask.size, *size):
         raise RequestError(
-            f"a mask is {mask.width}x{mask.height}, the picture {width}x{height}: crop the mask to the same ratio"
+            f"{what} is {mask.width}x{mask.height}, the picture {width}x{height}: crop the mask to the same ratio"
         )
 
 

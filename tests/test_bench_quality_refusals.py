@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,17 +47,6 @@ def test_inception_that_cannot_be_used_is_refused(
     expected = "ipa-bench: --inception weights.pth: torch-fidelity is not installed: `pip install torch-fidelity`\n"
     assert (result.exit_code, result.output) == (2, expected)
     assert not (tmp_path / "pictures").exists()
-
-
-@pytest.mark.parametrize("command", ["speed", "quality", "report --records ."])
-def test_without_its_extra_it_names_the_extra(command: str, tmp_path: Path) -> None:
-    extras = ("torch", "transformers", "diffusers", "jinja2", "matplotlib", "pydantic", "torchmetrics", "onnx", "tqdm")
-    code = f"import sys; sys.modules |= dict.fromkeys({extras!r}); from ipa.benchmarks.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command.split(), "--output", str(tmp_path)], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"ipa-bench: \w+ is missing: pip install 'ipa-runtime\[bench\]'\n", done.stderr), done.stderr
 
 
 BAD: dict[str, tuple[list[str], str]] = {

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from ipa.trainer.errors import TrainError
+from ipa.trainer.errors import TrainError, missing_library
 from ipa.trainer.interrupt import TrainStoppedError
 from ipa.trainer.options import AdapterOptions
 
@@ -130,6 +130,8 @@ def main() -> None:
         _fail(error.format_message(), 2)
     except TrainError as error:
         _fail(str(error), 2)
+    except ModuleNotFoundError as error:
+        _fail(missing_library(error, "train"), 2)
     except TrainStoppedError as error:
         _fail(str(error), 128 + error.signum)
     except (KeyboardInterrupt, click.Abort):
