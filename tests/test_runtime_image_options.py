@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,12 +22,18 @@ def fields(**given: list[str]) -> dict[str, Any]:
 def test_one_image_is_a_simple_request() -> None:
     assert fields() == {}
     assert fields(adapter=["a"]) == {"adapter": "a"}
-    assert fields(image=["x=1.png"]) == {"image": "x=1.png"}
     assert fields(image=["cat.png"], adapter=["a=0.5"]) == {"image": "cat.png", "adapter": "a", "ip_adapter_scale": 0.5}
     assert fields(image=["a=cat.png"], adapter=["a"]) == {"image": "cat.png", "adapter": "a"}
     assert fields(ip_adapter_scale=["0"]) == {"ip_adapter_scale": 0.0}
     assert fields(ip_adapter_scale=["style+layout"]) == {"ip_adapter_scale": "style+layout"}
     assert fields(ip_adapter_scale=['{"mid": 1}']) == {"ip_adapter_scale": {"mid": 1}}
+
+
+def test_a_file_may_have_an_equals_sign_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x=1.png").touch()
+    assert fields(image=["x=1.png"]) == {"image": "x=1.png"}
+    assert fields(image=["./y=1.png"]) == {"image": "./y=1.png"}, "no name of an adapter"
 
 
 def test_several_images_share_an_adapter() -> None:

@@ -122,8 +122,8 @@ def test_frames_are_not_counted(tmp_path: Path) -> None:
 
 def test_a_mask_may_miss_what_a_photo_s_size_is_rounded_by() -> None:
     """An image prompt's mask of a photo that is 1000x667, for the picture of 1000x664 that is made of it."""
-    check_ratio(Image.new("L", (1000, 667)), (1000, 664), slack=8)
-    check_ratio(Image.new("L", (500, 333)), (1000, 667))
+    check_ratio("mask_image", Image.new("L", (1000, 667)), (1000, 664), slack=8)
+    check_ratio("mask_image", Image.new("L", (500, 333)), (1000, 667))
     for mask, slack in (((1000, 667), 1), ((1000, 640), 8)):
-        with pytest.raises(RequestError, match=r"the picture 1000x664: crop the mask to the same ratio"):
-            check_ratio(Image.new("L", mask), (1000, 664), slack)
+        with pytest.raises(RequestError, match=r"^mask_image is .*, the picture 1000x664: crop the mask"):
+            check_ratio("mask_image", Image.new("L", mask), (1000, 664), slack)
