@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ipa.engines.errors import RequestError
@@ -87,7 +87,7 @@ def _by_adapter(option: str, values: Sequence[str], names: Sequence[str]) -> dic
                 f"{flag(option)} {value}: which adapter is it for? Write {flag(option)} NAME={value}, "
                 f"with NAME one of {', '.join(names)}"
             )
-        elif separator and _NAME.fullmatch(name) and not Path(value).exists():
+        elif separator and _NAME.fullmatch(name) and not os.path.exists(value):  # noqa: PTH110  Path's raises on long names
             raise RequestError(
                 f"{flag(option)} {value}: no adapter '{name}' is named; add --adapter {name}, or leave '{name}=' out"
             )

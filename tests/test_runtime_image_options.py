@@ -67,6 +67,7 @@ def test_several_adapters_have_their_own_options() -> None:
         ({"image": ["x"], "ip_adapter_start": ["early"]}, "'early', expected a number"),
         ({"ip_adapter_mask": ["m.png"]}, "no image"),
         ({"image": ["face=m.png"]}, r"--image face=m.png: no adapter 'face' is named; add --adapter face, or leave"),
+        ({"image": [f"face={'m' * 5000}"]}, "no adapter 'face' is named"),
         ({"adapter": ["a"], "image": ["b=m.png"]}, r"--image b=m.png: no adapter 'b' is named; add --adapter b"),
     ],
 )
